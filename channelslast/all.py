@@ -1,0 +1,5 @@
+"Everything a notebook needs: `from channelslast.all import *`, after `from fastai.vision.all import *`."
+
+from channelslast.callback import *
+from channelslast.memory_format import *
+from channelslast.precision import *

@@ -1,0 +1,275 @@
+"Channels last on fastai's `Learner`: the callback, the methods that add and remove it, and portable checkpoints."
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from warnings import warn
+from weakref import WeakKeyDictionary
+
+from fastai.callback import channelslast as fastai_channelslast  # imported first: its patches would undo ours
+from fastai.learner import Learner, save_model
+from fastai.optimizer import Lookahead
+from fastai.torch_core import get_model
+from fastcore.basics import patch
+from fastcore.meta import delegates
+from fastcore.xtras import join_path_file
+from torch import nn
+from torch.amp import GradScaler
+
+from channelslast.memory_format import (
+    conv_ndims,
+    match_strides,
+    module_ndims,
+    module_to_memory_format,
+    optimizer_to_memory_format,
+    state_to_contiguous,
+    supports_channels_last,
+    to_memory_format,
+)
+from channelslast.precision import (
+    AMPMode,
+    MixedPrecision,
+    amp_mode_in_use,
+    choose_precision,
+    get_mixed_precision,
+    remove_cbs,
+    set_precision,
+    to_amp_mode,
+    training_device,
+)
+
+__all__ = ["ChannelsLast", "TrainFormat"]
+
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
+
+
+@dataclass(frozen=True)
+class TrainFormat:
+    "How a Learner trains: memory format, precision, and whether PyTorch compiles the model."
+
+    channels_last: bool = False  # False: contiguous
+    amp_mode: str | None = None  # 'fp16', 'bf16', or None for float32
+    compile: str | None = None  # a mode of `torch.compile`, or None for eager
+
+    def __post_init__(self):
+        if not isinstance(self.channels_last, bool):
+            raise ValueError(f"channels_last={self.channels_last!r}: pass True or False")
+        if self.amp_mode is not None:
+            object.__setattr__(self, "amp_mode", to_amp_mode(self.amp_mode).value)
+        if self.compile is not None and self.compile not in _COMPILE_MODES:
+            raise ValueError(f"compile={self.compile!r} does not exist: pass None or one of {_COMPILE_MODES}")
+
+    def __str__(self) -> str:
+        words = ["channels last" if self.channels_last else "contiguous", self.amp_mode or "fp32"]
+        if self.compile is not None:
+            words.append("compiled" if self.compile == "default" else f"compiled ({self.compile})")
+        return " ".join(words)
+
+    @property
+    def code(self) -> str:
+        "The line of Python that puts a Learner called `learn` in this format."
+        return f"learn.to_format({self!r})"
+
+
+class ChannelsLast(fastai_channelslast.ChannelsLast):
+    """Train in channels last: convert the model, its gradients and the optimizer state before a fit, and its inputs.
+
+    4D weights go to `torch.channels_last`, 5D ones to `torch.channels_last_3d`. Inputs of a rank follow where the model
+    has convolution weights of that rank.
+    """
+
+    # After the callbacks that make a batch (`CastToTensor` is the last), before `DistributedTrainer` wraps the model
+    order = MixedPrecision.order
+
+    def __init__(self):
+        super().__init__()
+        self.input_ndims = set()
+        self.told = set()
+
+    def before_fit(self):
+        device = training_device(self.learn)
+        reliable = supports_channels_last(device)
+        ndims = module_ndims(self.model)
+        self.input_ndims = conv_ndims(self.model) if reliable else set()
+        if not reliable:
+            self._warn_once(f"channels last is not reliable on the device '{device}': training in contiguous format")
+        elif not ndims:
+            self._warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
+        if ndims:
+            _convert_model(self.learn, channels_last=reliable)
+
+    def _warn_once(self, message: str):
+        if message not in self.told:
+            self.told.add(message)
+            warn(message)
+
+    def before_batch(self):
+        if self.input_ndims:
+            self.learn.xb = to_memory_format(self.xb, ndims=self.input_ndims)
+
+    def after_exception(self, error: BaseException):
+        if isinstance(error, RuntimeError) and _VIEW_ERROR in str(error):
+            add_note(
+                error,
+                f"channelslast: {_raised_in(error, self.model)} calls `.view` on channels last activations, which cannot "
+                "be viewed in that shape. Write `.reshape` there (or `torch.flatten`), or train in contiguous format: "
+                "`learn.to_contiguous()`.",
+            )
+
+
+def add_note(
+    error: BaseException,
+    note: str,  # printed below the traceback
+) -> None:
+    "`error.add_note(note)`, which Python has from 3.11; before, the note is kept in the same place and shown as a warning."
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        warn(note)
+
+
+def _raised_in(error: BaseException, model: nn.Module) -> str:
+    "The innermost module of `model` whose code was running when `error` was raised, in words."
+    names = {id(module): name for name, module in model.named_modules()}
+    found = "the code after the model"
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if id(owner) in names:
+            found = f"the module `{names[id(owner)]}` ({type(owner).__name__})" if names[id(owner)] else "the model"
+        traceback = traceback.tb_next
+    return found
+
+
+def _convert_model(learn: Learner, channels_last: bool) -> None:
+    "Put the model of `learn`, its gradients and the optimizer state in channels last (or contiguous) format."
+    module_to_memory_format(learn.model, channels_last)
+    opt = learn.opt
+    while opt is not None:  # fastai's Lookahead and OptimWrapper hold another optimizer as `opt`
+        optimizer_to_memory_format(opt)
+        if isinstance(opt, Lookahead) and opt.slow_weights is not None:
+            for slow_weights, params in zip(opt.slow_weights, opt.param_lists):
+                for slow_weight, param in zip(slow_weights, params):
+                    match_strides(slow_weight, param)
+        opt = vars(opt).get("opt")
+
+
+@patch
+@delegates(GradScaler, but="device")
+def to_channelslast(
+    self: Learner,
+    use_amp: bool = True,  # train in mixed precision of `amp_mode`; False: in float32
+    amp_mode: str | AMPMode = AMPMode.FP16,  # 'fp16' or 'bf16'
+    **kwargs,
+) -> Learner:
+    """Train in channels last format and mixed precision, whatever the Learner held before.
+
+    Takes the options of `torch.amp.GradScaler`; those that a Learner has stay while its precision does. Raises, before
+    anything changes, `TypeError` for an unknown option and `ValueError` for an illegal value, an `amp_mode` that does
+    not exist or one that the device cannot do.
+    """
+    mode = to_amp_mode(amp_mode).value
+    return self.to_format(TrainFormat(True, mode if use_amp else None, _compile_mode(self.model)), **kwargs)
+
+
+@patch
+def to_contiguous(
+    self: Learner,
+    to_fp32: bool = False,  # also remove mixed precision, of every kind
+) -> Learner:
+    "Put the model, its gradients and the optimizer state back in contiguous format, at once."
+    precision = get_mixed_precision(self)
+    if precision is None and not to_fp32:  # nothing to say of precision, fastai's non-native kind stays
+        _set_channels_last(self, False)
+        return self
+    amp_mode = None if to_fp32 else precision.amp_mode
+    return self.to_format(TrainFormat(False, amp_mode, _compile_mode(self.model)))
+
+
+@patch
+@delegates(GradScaler, but="device")
+def to_format(
+    self: Learner,
+    fmt: TrainFormat,  # memory format, precision and compilation
+    **kwargs,
+) -> Learner:
+    """Train in `fmt` from the next fit on, whatever the Learner held before; leaving channels last happens at once.
+
+    Takes the options of `torch.amp.GradScaler`. Raises `TypeError` and `ValueError` as `to_channelslast` does.
+    """
+    if not isinstance(fmt, TrainFormat):
+        raise TypeError(
+            f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(channels_last=True, amp_mode='fp16')"
+        )
+    precision = choose_precision(self, fmt.amp_mode, **kwargs)
+    _set_compile_mode(self.model, fmt.compile)
+    _set_channels_last(self, fmt.channels_last)
+    return set_precision(self, precision)
+
+
+@patch(as_prop=True)
+def train_format(self: Learner) -> TrainFormat:
+    "The format in which the next fit trains: what the device makes of the precision asked for, and the compile mode."
+    channels_last = any(isinstance(cb, fastai_channelslast.ChannelsLast) for cb in self.cbs)
+    return TrainFormat(channels_last, amp_mode_in_use(self), _compile_mode(self.model))
+
+
+def _set_channels_last(learn: Learner, channels_last: bool) -> None:
+    ours = [cb for cb in learn.cbs if isinstance(cb, ChannelsLast)]
+    keep = ours[:1] if channels_last else []
+    remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, fastai_channelslast.ChannelsLast) and cb not in keep])
+    if channels_last and not keep:
+        learn.add_cb(ChannelsLast())
+    if not channels_last:
+        _convert_model(learn, channels_last=False)
+
+
+# The modules that `to_format` compiled, and how. A pickled or deep-copied module is not compiled, and is not in here.
+_compiled: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _compile_mode(model: nn.Module) -> str | None:
+    "The mode in which `model` is compiled in place, None for eager; 'default' where its owner called `model.compile()`."
+    by_owner = "default" if getattr(model, "_compiled_call_impl", None) is not None else None
+    return _compiled.get(model, by_owner)
+
+
+def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
+    if mode == _compile_mode(model):
+        return
+    if mode is not None:
+        model.compile(mode=mode)
+        _compiled[model] = mode
+        return
+    model.compile(disable=True)
+    vars(model).pop("_compiled_call_impl", None)  # what is left of it: a wrapper that does nothing
+    _compiled.pop(model, None)
+
+
+class _Portable:
+    "A model or optimizer whose `state_dict` is contiguous."
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def state_dict(self) -> Any:
+        return state_to_contiguous(self.source.state_dict())
+
+
+@patch
+@delegates(save_model)
+def save(
+    self: Learner,
+    file: str | Path,  # name in `self.path/self.model_dir`, without its ending
+    **kwargs,
+) -> Path:
+    """Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, in contiguous format.
+
+    Plain PyTorch and safetensors read the file; `load` puts it into a channels last model as well as a contiguous one.
+    """
+    file = join_path_file(file, self.path / self.model_dir, ext=".pth")
+    opt = self.opt and _Portable(self.opt)
+    save_model(file, _Portable(get_model(self.model)), opt, **kwargs)
+    return file

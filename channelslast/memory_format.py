@@ -1,0 +1,218 @@
+"What memory format a tensor is in, and how to convert tensors, batches, modules and optimizer state."
+
+import copy
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = [
+    "get_memory_format",
+    "is_channels_last",
+    "to_memory_format",
+    "module_to_memory_format",
+    "optimizer_to_memory_format",
+    "state_to_contiguous",
+    "module_ndims",
+    "conv_ndims",
+    "supports_channels_last",
+]
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_INNERMOST_FIRST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
+_CONV_NDIM = {nn.Conv2d: 4, nn.ConvTranspose2d: 4, nn.Conv3d: 5, nn.ConvTranspose3d: 5}
+
+# MPS: batch norm and pooling of a channels last slice give wrong values (pytorch/pytorch#174345),
+# a convolution's gradient comes back in the wrong format (pytorch/pytorch#174269). Both open in PyTorch 2.10.
+UNRELIABLE_DEVICES = {"mps"}
+
+
+def get_memory_format(
+    tensor: Tensor,  # of any rank
+) -> torch.memory_format:
+    """The memory format in which PyTorch's operators read `tensor`.
+
+    Operators decide by strides alone, so a tensor whose values lie the same way in two formats (one channel, a 1x1
+    kernel) still is in one of them, whatever `is_contiguous` answers. Returns `torch.channels_last` (4D),
+    `torch.channels_last_3d` (5D), or `torch.contiguous_format` for everything else, tensors of other ranks and
+    arbitrary strides included. The rule is that of `suggest_memory_format` in PyTorch's `c10/core/MemoryFormat.h`.
+    """
+    order = _INNERMOST_FIRST.get(tensor.ndim)
+    if order is None or tensor.layout != torch.strided or tensor.stride(1) == 0:
+        return torch.contiguous_format
+    smallest = 0
+    for dim in order:
+        size, stride = tensor.size(dim), tensor.stride(dim)
+        # A batch stride equal to the channel stride is N111: PyTorch reads it as contiguous.
+        if size == 0 or stride < smallest or (dim == 0 and smallest == tensor.stride(1)):
+            return torch.contiguous_format
+        smallest = stride * size if size > 1 else stride
+    return CHANNELS_LAST[tensor.ndim]
+
+
+def is_channels_last(
+    tensor: Tensor,  # of any rank
+) -> bool:
+    "Whether PyTorch's operators read `tensor` as `channels_last` (4D) or `channels_last_3d` (5D)."
+    return get_memory_format(tensor) is not torch.contiguous_format
+
+
+def supports_channels_last(
+    device: torch.device | str,  # where the model runs
+) -> bool:
+    "Whether channels last gives right results on `device`: everywhere but on MPS."
+    return torch.device(device).type not in UNRELIABLE_DEVICES
+
+
+def to_memory_format(
+    batch: Any,  # a tensor, or tuples, named tuples, lists and dicts of tensors, nested in any way
+    channels_last: bool = True,  # False: contiguous
+    ndims: Collection[int] = (4, 5),  # convert tensors of these ranks alone
+) -> Any:
+    """`batch` with its 4D and 5D tensors in channels last (or contiguous) format.
+
+    Tensors in that format already, tensors of other ranks and everything that is no tensor come back as they are,
+    and so does a container in which nothing changed. Subclasses of `Tensor` keep their type and attributes.
+    """
+    return _map_tensors(lambda tensor: _convert(tensor, channels_last) if tensor.ndim in ndims else tensor, batch)
+
+
+def state_to_contiguous(
+    state: Any,  # a `state_dict` of a module or optimizer, or anything nested
+) -> Any:
+    "`state` with its 4D and 5D tensors in contiguous format; tensors that share their memory, as tied weights, still do."
+    converted: dict[tuple, Tensor] = {}
+    return _map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    "`batch` with `function` applied to its tensors; the same containers where nothing changed."
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        changed = {}
+        for key, value in batch.items():
+            new = _map_tensors(function, value)
+            if new is not value:
+                changed[key] = new
+        if not changed:
+            return batch
+        if not isinstance(batch, MutableMapping):
+            return type(batch)({**batch, **changed})
+        result = copy.copy(batch)  # keeps what a subclass carries, as a state dict its version
+        result.update(changed)
+        return result
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        items = [_map_tensors(function, item) for item in batch]
+        if all(new is old for new, old in zip(items, batch, strict=True)):
+            return batch
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
+    "`tensor` in the format asked for; `tensor` itself where its rank has none or its strides already are."
+    if tensor.layout != torch.strided or tensor.ndim not in CHANNELS_LAST:
+        return tensor
+    if channels_last:
+        new = tensor.to(memory_format=CHANNELS_LAST[tensor.ndim])
+    else:  # `to` goes by the format that operators read, `contiguous` by strides that are neither
+        new = tensor.to(memory_format=torch.contiguous_format).contiguous()
+    # N111 has one set of strides, of which `to` makes a copy each time
+    return tensor if new.stride() == tensor.stride() else _like(new, tensor)
+
+
+def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Tensor]) -> Tensor:
+    "`_convert`, the same result for tensors that are one and the same piece of memory."
+    if tensor.data_ptr() == 0:  # empty, or on the meta device: no memory to share
+        return _convert(tensor, channels_last)
+    key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    if key not in converted:
+        converted[key] = _convert(tensor, channels_last)
+    return converted[key]
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    "`new` with the tensor subclass and the attributes of `old`."
+    if type(old) in (Tensor, nn.Parameter):
+        return new
+    if type(new) is not type(old):
+        new = new.as_subclass(type(old))
+    for name, value in vars(old).items():
+        vars(new).setdefault(name, value)
+    return new
+
+
+def module_ndims(
+    module: nn.Module,
+) -> set[int]:
+    "The ranks, of 4 and 5, that `module` has parameters or buffers of: those that a memory format says something of."
+    return {tensor.ndim for tensor in _tensors(module) if tensor.ndim in CHANNELS_LAST}
+
+
+def conv_ndims(
+    module: nn.Module,
+) -> set[int]:
+    """The ranks, of 4 and 5, that `module` has convolution weights of: those its inputs gain from being converted in.
+
+    A convolution is one of PyTorch's classes, or any module with a 4D or 5D parameter called `weight`.
+    """
+    ndims = set()
+    for submodule in module.modules():
+        ndims.update(ndim for cls, ndim in _CONV_NDIM.items() if isinstance(submodule, cls))
+        weight = dict(submodule.named_parameters(recurse=False)).get("weight")
+        if weight is not None and not is_lazy(weight) and weight.ndim in CHANNELS_LAST:
+            ndims.add(weight.ndim)
+    return ndims
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
+
+
+@torch.no_grad()
+def module_to_memory_format(
+    module: nn.Module,
+    channels_last: bool = True,  # False: contiguous
+) -> nn.Module:
+    """Put the 4D and 5D parameters and buffers of `module` in channels last (or contiguous) format, in place.
+
+    Gradients follow. Parameters and buffers stay the same objects, so optimizers still hold them, and those that
+    share their memory still do. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
+    models with 5D weights too, which go to `torch.channels_last_3d`.
+    """
+    converted: dict[tuple, Tensor] = {}
+    for tensor in _tensors(module):
+        if tensor.ndim in CHANNELS_LAST:
+            tensor.data = _convert_once(tensor.data, channels_last, converted)
+            if isinstance(tensor, nn.Parameter):
+                match_strides(tensor.grad, tensor)
+    return module
+
+
+def match_strides(
+    tensor: Any,  # a gradient or optimizer state of `param`; what is no tensor of its shape stays as it is
+    param: Tensor,
+) -> None:
+    "Give `tensor` the strides of `param`, in place."
+    if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.shape == param.shape:
+        if tensor.stride() != param.stride():
+            tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@torch.no_grad()
+def optimizer_to_memory_format(
+    optimizer: Any,  # a `torch.optim.Optimizer`, or anything with its `state`: `{parameter: {name: value}}`
+) -> Any:
+    """Give the state of `optimizer` the memory format of the parameters it belongs to, in place.
+
+    Concerns 4D and 5D state of its parameter's shape, as Adam's moments and SGD's momentum buffer. A fused or foreach
+    kernel takes its slow path where state, gradient and parameter differ in strides. Returns `optimizer`.
+    """
+    for param, state in optimizer.state.items():
+        if isinstance(param, Tensor) and param.ndim in CHANNELS_LAST:
+            for value in state.values():
+                match_strides(value, param)
+    return optimizer

@@ -1,0 +1,215 @@
+"""Train an image classifier with fastai in channels last format.
+
+    python nbs/examples/train.py
+    python nbs/examples/train.py --path ~/images --arch resnet50 --size 224
+
+Without `--path` it trains on scikit-learn's digits: 1,797 real scans of 8x8 pixels, which need no download.
+"""
+
+import difflib
+import re
+import shutil
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torchvision
+from fastai.callback import progress, schedule  # noqa: F401, the progress bar and `fit_one_cycle`
+from fastai.callback.core import Callback
+from fastai.data.external import fastai_path
+from fastai.data.transforms import get_image_files
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import default_device, set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.core import imagenet_stats
+from fastai.vision.data import ImageDataLoaders, Normalize
+from fastai.vision.models import xresnet
+from fastcore.script import anno_parser, call_parse
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+from channelslast.callback import TrainFormat
+from channelslast.precision import accelerated_dtypes, training_device
+
+AMP_MODES = ("auto", "fp16", "bf16", "none")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def digits_folder() -> Path:
+    "scikit-learn's digits as an image folder, `digits/<label>/<number>.png`, written once among fastai's data sets."
+    folder = fastai_path("data") / "digits"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        digits = load_digits()
+        for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            file = unfinished / str(label) / f"{number}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return folder
+
+
+def image_folder(path: str | None) -> Path:
+    if path is None:
+        return digits_folder()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        fail(f"--path {path}: there is no such folder")
+    if not get_image_files(folder):
+        fail(f"--path {path}: there are no images in it or below")
+    return folder
+
+
+def new_dls(folder: Path, size: int, bs: int, device: torch.device) -> ImageDataLoaders:
+    "One class for each folder of images; a fifth to validate on where there is no folder `valid`."
+    split = {} if (folder / "train").is_dir() and (folder / "valid").is_dir() else {"valid_pct": 0.2, "seed": 42}
+    return ImageDataLoaders.from_folder(
+        folder,
+        item_tfms=Resize(size),
+        batch_tfms=Normalize.from_stats(*imagenet_stats),
+        bs=bs,
+        device=device,
+        **split,
+    )
+
+
+def model_names() -> dict[str, list[str]]:
+    "The architectures of each library, in the order in which a name is looked up."
+    names = {
+        "fastai": [name for name in xresnet.__all__ if re.match(r"x\w*res\w*\d", name)],
+        "torchvision": torchvision.models.list_models(module=torchvision.models),
+        "timm": [],
+    }
+    if find_spec("timm"):
+        import timm
+
+        names["timm"] = timm.list_models()
+    return names
+
+
+def new_model(arch: str, n_out: int) -> nn.Module:
+    "The architecture `arch` of fastai, torchvision or timm with `n_out` classes and fresh weights."
+    names = model_names()
+    if arch in names["fastai"]:
+        return getattr(xresnet, arch)(n_out=n_out)
+    if arch in names["torchvision"]:
+        one_output = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(arch, weights=None, num_classes=n_out, **one_output)
+    if arch in names["timm"]:
+        import timm
+
+        return timm.create_model(arch, num_classes=n_out)
+    close = difflib.get_close_matches(arch, sorted({name for group in names.values() for name in group}), n=5)
+    hint = f"did you mean {', '.join(close)}?" if close else "try xresnet18, resnet50 or, with timm, convnext_tiny"
+    fail(f"--arch {arch}: no such model in fastai, torchvision or timm; {hint}")
+
+
+def to_device(device: str | None) -> torch.device:
+    try:
+        device = torch.device(device) if device else default_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    return device
+
+
+def to_amp_mode(amp_mode: str, device: torch.device) -> str | None:
+    "The precision asked for as `TrainFormat` names it; for 'auto' the one that the device is fastest at."
+    if amp_mode not in AMP_MODES:
+        fail(f"--amp_mode {amp_mode}: pass one of {', '.join(AMP_MODES)}")
+    if amp_mode == "auto":
+        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        return next((names[dtype] for dtype in accelerated_dtypes(device)), None)
+    return None if amp_mode == "none" else amp_mode
+
+
+class Throughput(Callback):
+    "Images per second of the training steps: forward, loss, backward and step, the first one left out."
+
+    order, run_valid = 100, False
+
+    def before_fit(self):
+        self.images, self.steps = 0, []
+
+    def before_batch(self):
+        self.started = self.now()
+
+    def after_batch(self):
+        self.steps.append((self.started, self.now()))
+        if len(self.steps) > 1:
+            self.images += len(self.xb[0])
+
+    def now(self) -> float | torch.cuda.Event:
+        if training_device(self.learn).type == "cuda":
+            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return time.perf_counter()
+
+    def images_per_second(self) -> float:
+        if isinstance(self.started, float):
+            seconds = sum(ended - started for started, ended in self.steps[1:])
+        else:
+            torch.cuda.synchronize()
+            seconds = sum(started.elapsed_time(ended) for started, ended in self.steps[1:]) / 1000
+        return self.images / seconds if seconds else float("nan")
+
+
+def main(
+    path: str = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
+    arch: str = "xresnet18",  # name of a fastai, torchvision or timm model
+    size: int = 32,  # images are resized to this many pixels square
+    bs: int = 64,  # images in a batch
+    epochs: int = 5,  # passes over the images
+    lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
+    amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
+    contiguous: bool = False,  # train in contiguous format, to compare
+    device: str = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
+):
+    "Train an image classifier with fastai in channels last format."
+    for name, value in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
+        if not value > 0:
+            fail(f"--{name} {value}: pass a number above 0")
+    torch_device = to_device(device)
+    mode = to_amp_mode(amp_mode, torch_device)
+    folder = image_folder(path)
+    set_seed(42)
+    dls = new_dls(folder, size, bs, torch_device)
+    throughput = Throughput()
+    learn = Learner(dls, new_model(arch, dls.c), metrics=accuracy, cbs=throughput)
+    try:
+        learn.to_format(TrainFormat(channels_last=not contiguous, amp_mode=mode))
+    except ValueError as error:
+        fail(str(error))
+    print(f"{arch} on {len(dls.train_ds):,} images of {size} px from {folder}")
+    print(f"format: {learn.train_format} on {torch_device}")
+    learn.fit_one_cycle(epochs, lr)
+    print(f"accuracy: {learn.recorder.values[-1][2]:.4f}")
+    print(f"training steps: {throughput.images_per_second():,.0f} images/s")
+
+
+def spell_options(arguments: list[str]) -> list[str]:
+    "Options in the spelling of the installed fastcore, `--amp-mode` or `--amp_mode`: both are understood."
+    old, new = ("_", "-") if "--amp-mode" in anno_parser(main).format_help() else ("-", "_")
+    options = [re.fullmatch(r"--([\w-]+)(=.*)?", argument) for argument in arguments]
+    return [
+        f"--{option[1].replace(old, new)}{option[2] or ''}" if option else argument
+        for option, argument in zip(options, arguments, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = spell_options(sys.argv[1:])
+    call_parse(main)

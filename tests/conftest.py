@@ -1,0 +1,128 @@
+"Data, models and Learners that the tests share: small, seeded, on the CPU."
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+
+from channelslast import precision
+
+
+def pytest_collection_modifyitems(items):
+    n_gpus = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("cuda", 1), ("multi_gpu", 2)):
+            if marker in item.keywords and n_gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s)"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(42)
+
+
+@pytest.fixture
+def bf16_cpu(monkeypatch):
+    "A CPU that has arithmetic for bfloat16 and none for float16, whatever this one has."
+    only_on(monkeypatch, "cpu", (torch.bfloat16,))
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch):
+    "A CPU that has arithmetic for no half precision."
+    only_on(monkeypatch, "cpu", ())
+
+
+@pytest.fixture
+def fp16_cpu(monkeypatch):
+    "A CPU that has arithmetic for float16. (This one may be very slow at it.)"
+    only_on(monkeypatch, "cpu", (torch.float16,))
+
+
+def only_on(monkeypatch, device_type, dtypes):
+    real = precision.accelerated_dtypes
+    monkeypatch.setattr(
+        precision,
+        "accelerated_dtypes",
+        lambda device: dtypes if torch.device(device).type == device_type else real(device),
+    )
+
+
+class TinyNet(nn.Sequential):
+    "A convolutional classifier of 3-channel images, with a 1x1 convolution and a depthwise one."
+
+    def __init__(self, n_out=3):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.Conv2d(8, 16, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, n_out),
+        )
+
+
+class TinyVideoNet(nn.Sequential):
+    "A 3D convolutional classifier of one-channel volumes."
+
+    def __init__(self, n_out=3):
+        super().__init__(
+            nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, n_out)
+        )
+
+
+def new_dls(*shape, n=24, bs=8, n_out=3, device="cpu"):
+    "DataLoaders of `n` random items of `shape` in `n_out` classes that a small network can tell apart, in order."
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, n_out, (n,), generator=generator)
+    x = torch.randn(n, *shape, generator=generator) + y.view(-1, *[1] * len(shape))
+    batches = Batches((x[i : i + bs].to(device), y[i : i + bs].to(device)) for i in range(0, n, bs))
+    return DataLoaders(batches, Batches(batches), device=device)
+
+
+class Batches(list):
+    "Batches as a DataLoader, always in the same order."
+
+    def to(self, device):
+        self.device = device
+
+
+@pytest.fixture
+def new_learner():
+    "A function that makes a Learner, always the same one from the same function that makes a model; TinyNet unless told."
+
+    def make(model=TinyNet, dls=None, device="cpu", **kwargs):
+        torch.manual_seed(0)
+        dls = dls or new_dls(3, 8, 8, device=device)
+        kwargs = {"loss_func": CrossEntropyLossFlat(), "metrics": accuracy, "opt_func": Adam, "lr": 1e-2, **kwargs}
+        learn = Learner(dls, model if isinstance(model, nn.Module) else model(), **kwargs)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = lambda *args: None
+        return learn
+
+    return make
+
+
+@pytest.fixture
+def learn(new_learner):
+    return new_learner()
+
+
+@pytest.fixture
+def tabular_learner(new_learner):
+    "A function that makes a Learner whose model has no 4D or 5D weights."
+    return lambda: new_learner(lambda: nn.Linear(5, 3), new_dls(5))

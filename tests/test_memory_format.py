@@ -1,0 +1,259 @@
+"Which memory format tensors are in, and the conversion of tensors, batches, modules and optimizer state."
+
+import itertools
+import subprocess
+import sys
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.torch_core import TensorImage
+from torch import nn
+
+from channelslast.memory_format import (
+    conv_ndims,
+    get_memory_format,
+    is_channels_last,
+    module_ndims,
+    module_to_memory_format,
+    optimizer_to_memory_format,
+    supports_channels_last,
+    to_memory_format,
+)
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+SHAPES = [
+    *itertools.product((1, 2), (1, 3), (1, 4), (1, 5)),
+    *itertools.product((1, 2), (1, 3), (1, 2), (1, 4), (1, 5)),
+]
+
+
+def format_an_operator_reads(x):
+    "What a kernel makes of `x`: nearest upsampling by 1 returns its input's format, spelled out in the strides."
+    out = F.interpolate(x, scale_factor=1, mode="nearest")
+    last = torch.empty(x.shape, memory_format=CHANNELS_LAST[x.ndim])
+    return CHANNELS_LAST[x.ndim] if out.stride() == last.stride() else torch.contiguous_format
+
+
+def layouts(shape):
+    "Tensors of `shape` in all kinds of strides."
+    x = torch.randn(shape)
+    yield x
+    yield x.to(memory_format=CHANNELS_LAST[x.ndim])
+    yield x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    yield torch.randn(shape[0], shape[1] + 2, *shape[2:])[:, 1:-1]
+    yield torch.randn(shape[0], shape[1] + 2, *shape[2:]).to(memory_format=CHANNELS_LAST[x.ndim])[:, 1:-1]
+    yield torch.randn(1, *shape[1:]).expand(shape)
+    yield torch.randn(shape[0], 1, *shape[2:]).expand(shape)
+    yield x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_format_is_the_one_that_an_operator_reads(shape):
+    for x in layouts(shape):
+        if 1 in shape[1:2] and all(size == 1 for size in shape[1:]):
+            continue  # N111 has one set of strides: nothing to see in the output
+        assert get_memory_format(x) == format_an_operator_reads(x), (shape, x.stride())
+
+
+def test_strides_decide_where_both_formats_hold_the_values_alike():
+    weight = torch.randn(8, 4, 1, 1)
+    image = torch.randn(2, 1, 5, 5)
+    for x in (weight, image):
+        last = x.to(memory_format=torch.channels_last)
+        assert x.is_contiguous(memory_format=torch.channels_last) and last.is_contiguous()
+        assert not is_channels_last(x)
+        assert is_channels_last(last)
+
+
+def test_other_ranks_empty_and_sparse_tensors_are_contiguous():
+    for x in (
+        torch.tensor(1.0),
+        torch.randn(3),
+        torch.randn(3, 4, 5),
+        torch.empty(0, 3, 4, 4),
+        torch.eye(3).to_sparse(),
+    ):
+        assert get_memory_format(x) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tensor_keeps_its_values_there_and_back(shape):
+    for x in layouts(shape):
+        last = to_memory_format(x)
+        back = to_memory_format(last, channels_last=False)
+        assert torch.equal(last, x) and torch.equal(back, x)
+        assert is_channels_last(last) or all(size == 1 for size in shape[1:])
+        assert back.stride() == torch.empty(shape).stride() or not is_channels_last(last)
+        assert to_memory_format(last) is last
+        assert to_memory_format(back, channels_last=False) is back
+
+
+def test_gradients_flow_through_a_conversion():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    to_memory_format(x).square().sum().backward()
+    assert torch.allclose(x.grad, 2 * x)
+
+
+Pair = namedtuple("Pair", "image label")
+
+
+class MyList(list):
+    pass
+
+
+def test_nested_batch_keeps_its_structure():
+    image, volume, label = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 4, 4), torch.arange(2)
+    batch = (Pair(image, label), MyList([volume, "text", None]), OrderedDict(a={"b": image}, c=3))
+    converted = to_memory_format(batch)
+    assert [type(part) for part in converted] == [Pair, MyList, OrderedDict]
+    assert is_channels_last(converted[0].image) and converted[0].label is label
+    assert is_channels_last(converted[1][0]) and converted[1][1:] == ["text", None]
+    assert is_channels_last(converted[2]["a"]["b"]) and converted[2]["c"] == 3
+    assert not is_channels_last(batch[0].image) and not is_channels_last(batch[2]["a"]["b"])
+
+
+def test_batch_with_nothing_to_convert_is_itself():
+    batch = (torch.randn(2, 3), [torch.arange(3)], {"size": torch.Size([2, 3])}, "text", range(3))
+    assert to_memory_format(batch) is batch
+
+
+def test_only_the_ranks_asked_for_are_converted():
+    image, clip = torch.randn(2, 3, 4, 4), torch.randn(2, 8, 3, 4, 4)
+    converted = to_memory_format((image, clip), ndims={4})
+    assert is_channels_last(converted[0]) and converted[1] is clip
+
+
+class WithoutTorchFunction(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class PlainSubclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("cls", [TensorImage, PlainSubclass, WithoutTorchFunction])
+def test_tensor_subclass_keeps_type_and_attributes(cls):
+    x = torch.randn(2, 3, 4, 4).as_subclass(cls)
+    x.note = "an attribute"
+    for channels_last in (True, False):
+        x = to_memory_format(x, channels_last)
+        assert type(x) is cls and x.note == "an attribute"
+        assert is_channels_last(x) is channels_last
+
+
+class TwoRanks(nn.Module):
+    "2D and 3D convolutions side by side, with a tied weight, a shared buffer and a frozen parameter."
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3)
+        self.b = nn.Conv2d(3, 4, 3)
+        self.b.weight = self.a.weight
+        self.c = nn.ConvTranspose3d(2, 4, 3)
+        self.one_by_one = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+        self.frozen = nn.Parameter(torch.randn(1, 4, 5, 5), requires_grad=False)
+        self.register_buffer("mean", torch.randn(2, 3, 4, 4))
+
+
+def test_module_converts_4d_and_5d_side_by_side_and_back():
+    model = TwoRanks()
+    before = {
+        name: (tensor, tensor.clone(), tensor.stride()) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    assert module_to_memory_format(model) is model
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0] and torch.equal(tensor, before[name][1])
+        assert is_channels_last(tensor) is (tensor.ndim in (4, 5)), name
+    assert model.b.weight is model.a.weight
+    assert all(param.grad.stride() == param.stride() for param in model.parameters() if param.grad is not None)
+    module_to_memory_format(model, channels_last=False)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor.stride() == before[name][2] and torch.equal(tensor, before[name][1])
+    assert all(param.grad.stride() == param.stride() for param in model.parameters() if param.grad is not None)
+
+
+def test_parameters_that_share_memory_still_do():
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)])
+    model[1].weight.data = model[0].weight.data
+    module_to_memory_format(model)
+    assert model[0].weight is not model[1].weight
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+
+
+def test_converting_twice_moves_nothing():
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)))
+    pointers = [param.data_ptr() for param in model.parameters()]
+    module_to_memory_format(model)
+    assert [param.data_ptr() for param in model.parameters()] == pointers
+
+
+def test_meta_and_lazy_parameters_are_taken():
+    meta = module_to_memory_format(nn.Conv2d(3, 4, 3, device="meta"))
+    assert is_channels_last(meta.weight)
+    lazy = module_to_memory_format(nn.Sequential(nn.LazyConv2d(4, 3)))
+    assert conv_ndims(lazy) == {4} and module_ndims(lazy) == set()
+
+
+def test_ranks_of_a_module():
+    class Custom(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3, 3, 3))
+
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 3, 8, 8))
+
+    assert conv_ndims(nn.Conv2d(3, 4, 3)) == {4} and conv_ndims(nn.ConvTranspose3d(3, 4, 3)) == {5}
+    assert conv_ndims(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))) == {4}
+    assert conv_ndims(Custom()) == {4}
+    assert conv_ndims(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Linear(3, 4), Position())) == set()
+    assert module_ndims(Position()) == {4}
+    assert module_ndims(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Linear(3, 4))) == set()
+
+
+@pytest.mark.parametrize(
+    "new_optimizer",
+    [
+        lambda params: torch.optim.Adam(params, amsgrad=True),
+        lambda params: torch.optim.SGD(params, momentum=0.9, lr=0.1),
+        lambda params: torch.optim.RMSprop(params, momentum=0.9),
+        lambda params: torch.optim.SGD(params, lr=0.1),
+    ],
+    ids=["Adam", "SGD with momentum", "RMSprop", "SGD"],
+)
+def test_optimizer_state_follows_the_parameters(new_optimizer):
+    model = TwoRanks()
+    optimizer = new_optimizer([param for param in model.parameters() if param.requires_grad])
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    values = [
+        (param, value, value.clone())
+        for param, state in optimizer.state.items()
+        for value in state.values()
+        if torch.is_tensor(value)
+    ]
+    for channels_last in (True, False):
+        module_to_memory_format(model, channels_last)
+        assert optimizer_to_memory_format(optimizer) is optimizer
+        for param, value, copy in values:
+            assert torch.equal(value, copy)
+            assert value.shape != param.shape or value.stride() == param.stride()
+
+
+def test_devices_on_which_channels_last_is_right():
+    assert supports_channels_last("cpu") and supports_channels_last(torch.device("cuda", 1))
+    assert not supports_channels_last("mps")
+
+
+def test_core_needs_pytorch_alone():
+    code = "import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import channelslast.memory_format"
+    subprocess.run([sys.executable, "-c", code], check=True)

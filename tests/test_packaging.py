@@ -1,0 +1,54 @@
+"The metadata, and what `pip install .` installs."
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel of a clean copy of the checkout."
+    folder = tmp_path_factory.mktemp("checkout")
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", ignore=skip)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        folder / "source",
+    ]
+    subprocess.run(command, check=True)
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_wheel_holds_the_package_alone(wheel):
+    modules = {f"channelslast/{file.name}" for file in (ROOT / "channelslast").iterdir() if file.is_file()}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == modules
+    assert "channelslast/py.typed" in modules
+
+
+def test_metadata_is_that_of_settings_ini(wheel):
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    settings = settings["DEFAULT"]
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert (metadata["Name"], metadata["Version"]) == (settings["lib_name"], settings["version"])
+    assert metadata["Requires-Python"] == f">={settings['min_python']}"
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra" not in line]
+    assert sorted(required) == sorted(settings["requirements"].split())

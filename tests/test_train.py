@@ -1,0 +1,135 @@
+"The training script: the main job on a few real images, and what bad input gets."
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SCRIPT = Path(__file__).parent.parent / "nbs" / "examples" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "The first hundred zeros and ones of scikit-learn's digits, in two class folders."
+    folder = tmp_path_factory.mktemp("images")
+    digits = load_digits(n_class=2)
+    for number, (image, label) in enumerate(zip(digits.images[:100], digits.target)):
+        file = folder / str(label) / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
+    return folder
+
+
+@pytest.fixture
+def arguments(folder):
+    return dict(path=str(folder), size=16, bs=16, epochs=1, device="cpu")
+
+
+def test_trains_an_image_folder_and_says_how_well_and_how_fast(train, arguments, capsys):
+    train.main(**arguments | {"epochs": 3})
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("format: channels last") and line.endswith("on cpu") for line in lines)
+    (accuracy,) = [float(line.split()[1]) for line in lines if line.startswith("accuracy:")]
+    (speed,) = [float(line.split()[2].replace(",", "")) for line in lines if line.startswith("training steps:")]
+    assert accuracy > 0.8 and speed > 0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"contiguous": True, "amp_mode": "none"}, "format: contiguous fp32"),
+        ({"amp_mode": "none"}, "format: channels last fp32"),
+        ({"amp_mode": "bf16"}, "format: channels last bf16"),
+    ],
+)
+def test_says_the_format_and_precision_in_use(train, arguments, capsys, options, said, bf16_cpu):
+    train.main(**arguments | options)
+    assert said in capsys.readouterr().out
+
+
+def test_auto_is_what_the_device_is_fastest_at(train, monkeypatch):
+    for dtypes, mode in (((torch.bfloat16,), "bf16"), ((torch.float16, torch.bfloat16), "fp16"), ((), None)):
+        monkeypatch.setattr(train, "accelerated_dtypes", lambda device, dtypes=dtypes: dtypes)
+        assert train.to_amp_mode("auto", torch.device("cpu")) == mode
+
+
+@pytest.mark.parametrize("arch", ["xresnet18", "squeezenet1_1", "googlenet", "resnet10t"])
+def test_takes_names_of_fastai_torchvision_and_timm(train, arch):
+    model = train.new_model(arch, 4).train()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_digits_are_written_once(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fastai_path", lambda name: tmp_path / name)
+    folder = train.digits_folder()
+    files = list(folder.glob("*/*.png"))
+    assert len(files) == 1797 and {file.parent.name for file in files} == set("0123456789")
+    assert list(folder.parent.iterdir()) == [folder]
+    written = files[0].stat().st_mtime_ns
+    assert train.digits_folder() == folder and files[0].stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"path": "/no/such/folder"}, "--path /no/such/folder: there is no such folder"),
+        ({"arch": "xresnt18"}, "--arch xresnt18: no such model in fastai, torchvision or timm; did you mean xresnet18"),
+        ({"arch": "?"}, "--arch ?: no such model in fastai, torchvision or timm; try"),
+        ({"amp_mode": "fp8"}, "--amp_mode fp8: pass one of auto, fp16, bf16, none"),
+        ({"device": "gpu"}, "--device gpu: "),
+        ({"bs": 0}, "--bs 0: pass a number above 0"),
+        ({"size": -1}, "--size -1: pass a number above 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(train, arguments, capsys, wrong, message):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(**arguments | wrong)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {message}") and error.count("\n") == 1
+
+
+def test_folder_without_images(train, arguments, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(**arguments | {"path": str(tmp_path)})
+    assert stopped.value.code == 2 and "no images" in capsys.readouterr().err
+
+
+def test_options_are_understood_in_both_spellings(train):
+    for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=bf16"]):
+        spelled = " ".join(train.spell_options([*spelling, "--path", "a_b-c"]))
+        assert spelled.split("mode")[0] == train.spell_options(["--amp-mode"])[0].split("mode")[0]
+        assert spelled.endswith("--path a_b-c")
+
+
+def test_runs_as_a_script(folder):
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--path",
+        folder,
+        "--amp_mode",
+        "none",
+        "--size",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "format: channels last fp32 on cpu" in printed and "accuracy:" in printed
+    assert subprocess.run([*command, "--arch", "nothing"], capture_output=True).returncode == 2
