@@ -112,8 +112,8 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
         if isinstance(error, RuntimeError) and _VIEW_ERROR in str(error):
             add_note(
                 error,
-                f"channelslast: {_raised_in(error, self.model)} calls `.view` on channels last activations, which cannot "
-                "be viewed in that shape. Write `.reshape` there (or `torch.flatten`), or train in contiguous format: "
+                f"channelslast: {_raised_in(error, self.model)} calls `.view` on channels last activations, "
+                "which cannot be viewed in that shape. Write `.reshape` there (or `torch.flatten`), or train in contiguous format: "
                 "`learn.to_contiguous()`.",
             )
 
@@ -122,7 +122,7 @@ def add_note(
     error: BaseException,
     note: str,  # printed below the traceback
 ) -> None:
-    "`error.add_note(note)`, which Python has from 3.11; before, the note is kept in the same place and shown as a warning."
+    "`error.add_note(note)`, new in Python 3.11; before, the note is kept in the same place and shown as a warning."
     if hasattr(error, "add_note"):
         error.add_note(note)
     else:
@@ -231,7 +231,7 @@ _compiled: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _compile_mode(model: nn.Module) -> str | None:
-    "The mode in which `model` is compiled in place, None for eager; 'default' where its owner called `model.compile()`."
+    "The mode in which `model` is compiled in place, None for eager; 'default' where its owner compiled it."
     by_owner = "default" if getattr(model, "_compiled_call_impl", None) is not None else None
     return _compiled.get(model, by_owner)
 

@@ -82,7 +82,7 @@ def to_memory_format(
 def state_to_contiguous(
     state: Any,  # a `state_dict` of a module or optimizer, or anything nested
 ) -> Any:
-    "`state` with its 4D and 5D tensors in contiguous format; tensors that share their memory, as tied weights, still do."
+    "`state` with its 4D and 5D tensors in contiguous format; those that share memory, as tied weights, still do."
     converted: dict[tuple, Tensor] = {}
     return _map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
 
@@ -197,9 +197,10 @@ def match_strides(
     param: Tensor,
 ) -> None:
     "Give `tensor` the strides of `param`, in place."
-    if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.shape == param.shape:
-        if tensor.stride() != param.stride():
-            tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return
+    if tensor.shape == param.shape and tensor.stride() != param.stride():
+        tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 # What a device can do
 
 
-@lru_cache(maxsize=None)
+@cache
 def accelerated_dtypes(
     device: torch.device | str,  # where the model runs
 ) -> tuple[torch.dtype, ...]:
@@ -77,7 +77,7 @@ def autocast_dtype(
     amp_mode: str | AMPMode,  # the precision asked for, 'fp16' or 'bf16'
     device: torch.device | str,  # where the model runs
 ) -> tuple[torch.dtype | None, str]:
-    """The dtype in which to autocast on `device`, None for no autocast, and why it is not the one asked for ('' if it is).
+    """The dtype in which to autocast on `device`, None for no autocast, and why it is not the one asked for, else ''.
 
     Raises `ValueError` where only the caller can choose: bfloat16 on a CUDA GPU without it.
     """
@@ -240,10 +240,10 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether PyTorch's fused kernels make the step, which read on the GPU whether gradients overflowed.
+        """Whether PyTorch's fused kernels make the step: they read for themselves whether gradients overflowed.
 
-        Asking for it in Python waits until the GPU is done, every step. `GradScaler` looks this name up on the optimizer
-        it steps, which is `self`; if it stops to, it asks in Python and `before_step` is still right.
+        To read it in Python is to wait until the GPU is done, every step. `GradScaler` looks this name up on the
+        optimizer that it steps, which is `self`. Were it to look no more, it would read in Python: slower, as right.
         """
         groups = getattr(self._torch_optimizer, "param_groups", [])
         return self.scaler.is_enabled() and len(groups) > 0 and all(group.get("fused") for group in groups)

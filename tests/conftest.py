@@ -1,12 +1,9 @@
 "Data, models and Learners that the tests share: small, seeded, on the CPU."
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
@@ -103,7 +100,7 @@ class Batches(list):
 
 @pytest.fixture
 def new_learner():
-    "A function that makes a Learner, always the same one from the same function that makes a model; TinyNet unless told."
+    "A function that makes a Learner, always the same from the same function that makes a model."
 
     def make(model=TinyNet, dls=None, device="cpu", **kwargs):
         torch.manual_seed(0)

@@ -9,7 +9,9 @@ IMPORTS = {
     "fastai first": "from fastai.vision.all import *; from channelslast.all import *",
     "ours first": "from channelslast.all import *; from fastai.vision.all import *",
     "ours alone": "from fastai.learner import Learner; import channelslast.callback",
-    "fastai's callback last": "from fastai.learner import Learner; from channelslast.callback import *; from fastai.callback.all import *",
+    "fastai's callback last": (
+        "from fastai.learner import Learner; from channelslast.callback import *; from fastai.callback.all import *"
+    ),
 }
 
 

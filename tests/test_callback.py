@@ -436,7 +436,7 @@ def test_precision_that_the_device_cannot_do_is_an_error_at_the_call(learn, monk
     monkeypatch.setattr(precision, "training_device", lambda learn: torch.device("cuda"))
     monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
     cbs = list(learn.cbs)
-    with pytest.raises(ValueError, match="amp_mode='bf16'.*pass amp_mode='fp16'"):
+    with pytest.raises(ValueError, match=r"amp_mode='bf16'.*pass amp_mode='fp16'"):
         learn.to_channelslast(amp_mode="bf16")
     assert learn.cbs == cbs
 
@@ -583,7 +583,9 @@ def test_view_error_in_the_loss_is_not_laid_at_a_module(new_learner):
     def loss(pred, target):
         return pred.view(-1).sum()
 
-    body = lambda: nn.Sequential(nn.Conv2d(3, 4, 3))
+    def body():
+        return nn.Sequential(nn.Conv2d(3, 4, 3))
+
     with pytest.raises(RuntimeError) as caught:
         new_learner(body, loss_func=loss, metrics=[], cbs=ChannelsLast()).fit(1)
     assert "the code after the model" in caught.value.__notes__[0]

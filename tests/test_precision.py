@@ -297,7 +297,16 @@ class RaiseAt(Callback):
             raise self.error
 
 
-EVENTS = "before_batch after_pred after_loss before_backward after_backward before_step after_step after_batch".split()
+EVENTS = [
+    "before_batch",
+    "after_pred",
+    "after_loss",
+    "before_backward",
+    "after_backward",
+    "before_step",
+    "after_step",
+    "after_batch",
+]
 
 
 @pytest.mark.parametrize("order", [-5, 30])

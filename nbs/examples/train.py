@@ -168,7 +168,7 @@ class Throughput(Callback):
 
 
 def main(
-    path: str = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
+    path: str | None = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
     arch: str = "xresnet18",  # name of a fastai, torchvision or timm model
     size: int = 32,  # images are resized to this many pixels square
     bs: int = 64,  # images in a batch
@@ -176,7 +176,7 @@ def main(
     lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
     amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
     contiguous: bool = False,  # train in contiguous format, to compare
-    device: str = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
+    device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
 ):
     "Train an image classifier with fastai in channels last format."
     for name, value in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
