@@ -113,8 +113,8 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
             add_note(
                 error,
                 f"channelslast: {_raised_in(error, self.model)} calls `.view` on channels last activations, "
-                "which cannot be viewed in that shape. Write `.reshape` there (or `torch.flatten`), or train in contiguous format: "
-                "`learn.to_contiguous()`.",
+                "which cannot be viewed in that shape. Write `.reshape` there (or `torch.flatten`), "
+                "or train in contiguous format: `learn.to_contiguous()`.",
             )
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
-
-
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from torch import nn
 
 from channelslast import precision
 

@@ -399,6 +399,13 @@ def test_plain_cbs_of_fastais_mixed_precision_work(new_learner):
     assert_format(learn, True)
 
 
+def test_one_mixed_precision_with_to_fp16_before_and_after(learn, bf16_cpu):
+    learn.to_fp16().to_channelslast(amp_mode="bf16")
+    assert count(learn, fastai_fp16.MixedPrecision) == 1
+    learn.to_fp16()
+    assert count(learn, fastai_fp16.MixedPrecision) == count(learn, ChannelsLast) == 1
+
+
 def test_signature_shows_every_option():
     options = set(inspect.signature(GradScaler).parameters) - {"device"}
     for method in (Learner.to_channelslast, Learner.to_format):
