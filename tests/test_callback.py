@@ -6,17 +6,22 @@ import pickle
 import traceback
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, TinyVideoNet, new_dls
 from fastai.callback import channelslast as fastai_channelslast
 from fastai.callback import fp16 as fastai_fp16
+from fastai.callback import schedule  # noqa: F401, for `fine_tune`
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
 from safetensors.torch import save_file
 from torch import nn
 from torch.amp import GradScaler
@@ -153,16 +158,35 @@ def test_loaded_optimizer_state_follows(new_learner, opt_func, tmp_path):
     assert_format(learn, True)
 
 
-@pytest.mark.parametrize("call", ["fit", "validate", "get_preds", "predict"])
+def body_and_head(model):
+    return [
+        [param for layer in layers for param in layer.parameters()] for layers in (list(model)[:5], list(model)[5:])
+    ]
+
+
+def random_image(i):
+    return PILImage.create(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda learn: learn.fit(1),
+        lambda learn: learn.validate(),
+        lambda learn: learn.get_preds(),
+        lambda learn: learn.predict(random_image(0)),
+        lambda learn: learn.tta(n=1),
+        lambda learn: learn.fine_tune(1),
+    ],
+    ids=["fit", "validate", "get_preds", "predict", "tta", "fine_tune"],
+)
 def test_every_entry_into_the_loop_converts(new_learner, call):
+    blocks = DataBlock((ImageBlock, CategoryBlock), get_x=random_image, get_y=lambda i: "abc"[i % 3])
+    dls = blocks.dataloaders(range(24), bs=4, num_workers=0, device=torch.device("cpu"))
     spy = InputFormats()
-    learn = new_learner(cbs=[ChannelsLast, spy])
-    if call == "fit":
-        learn.fit(1)
-    elif call == "validate":
-        learn.validate()
-    else:
-        learn.get_preds(dl=learn.dls.valid)
+    learn = new_learner(dls=dls, splitter=body_and_head, cbs=[ChannelsLast, spy])
+    with learn.no_mbar():
+        call(learn)
     assert_format(learn, True)
     assert spy.formats == [True]
 
