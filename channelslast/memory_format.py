@@ -126,8 +126,6 @@ def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
 
 def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Tensor]) -> Tensor:
     "`_convert`, the same result for tensors that are one and the same piece of memory."
-    if tensor.data_ptr() == 0:  # empty, or on the meta device: no memory to share
-        return _convert(tensor, channels_last)
     key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
     if key not in converted:
         converted[key] = _convert(tensor, channels_last)
@@ -163,7 +161,7 @@ def conv_ndims(
     for submodule in module.modules():
         ndims.update(ndim for cls, ndim in _CONV_NDIM.items() if isinstance(submodule, cls))
         weight = dict(submodule.named_parameters(recurse=False)).get("weight")
-        if weight is not None and not is_lazy(weight) and weight.ndim in CHANNELS_LAST:
+        if weight is not None and weight.ndim in CHANNELS_LAST:
             ndims.add(weight.ndim)
     return ndims
 
@@ -172,7 +170,6 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
 
 
-@torch.no_grad()
 def module_to_memory_format(
     module: nn.Module,
     channels_last: bool = True,  # False: contiguous
@@ -197,13 +194,10 @@ def match_strides(
     param: Tensor,
 ) -> None:
     "Give `tensor` the strides of `param`, in place."
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        return
-    if tensor.shape == param.shape and tensor.stride() != param.stride():
-        tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    if isinstance(tensor, Tensor) and tensor.shape == param.shape and tensor.stride() != param.stride():
+        tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
-@torch.no_grad()
 def optimizer_to_memory_format(
     optimizer: Any,  # a `torch.optim.Optimizer`, or anything with its `state`: `{parameter: {name: value}}`
 ) -> Any:
@@ -213,7 +207,7 @@ def optimizer_to_memory_format(
     kernel takes its slow path where state, gradient and parameter differ in strides. Returns `optimizer`.
     """
     for param, state in optimizer.state.items():
-        if isinstance(param, Tensor) and param.ndim in CHANNELS_LAST:
+        if param.ndim in CHANNELS_LAST:
             for value in state.values():
                 match_strides(value, param)
     return optimizer

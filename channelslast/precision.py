@@ -245,8 +245,8 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         To read it in Python is to wait until the GPU is done, every step. `GradScaler` looks this name up on the
         optimizer that it steps, which is `self`. Were it to look no more, it would read in Python: slower, as right.
         """
-        groups = getattr(self._torch_optimizer, "param_groups", [])
-        return self.scaler.is_enabled() and len(groups) > 0 and all(group.get("fused") for group in groups)
+        opt = self._torch_optimizer
+        return opt is not None and all(group.get("fused") for group in opt.param_groups)
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer | None:
@@ -266,7 +266,7 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         distributed training, where it gathers the loss on the GPUs.
         """
         self.loss_copy = None
-        if self.loss.is_cuda and self.loss.ndim == 0 and num_distrib() <= 1:
+        if self.loss.is_cuda and num_distrib() <= 1:
             copy = self.loss.detach().to("cpu", non_blocking=True)
             self.loss_copy = self.loss, copy, torch.cuda.current_stream(self.loss.device).record_event()
 

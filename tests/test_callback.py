@@ -17,11 +17,13 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.block import CategoryBlock, DataBlock
-from fastai.learner import Learner, load_learner
+from fastai.distributed import DistributedTrainer
+from fastai.learner import CastToTensor, Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
+from fastcore.foundation import L
 from safetensors.torch import save_file
 from torch import nn
 from torch.amp import GradScaler
@@ -270,6 +272,24 @@ def test_inputs_that_a_callback_makes_are_converted(new_learner, mix):
     assert spy.formats == [True]
 
 
+def test_converts_after_the_callbacks_that_make_a_batch_and_before_the_model_is_wrapped(new_learner):
+    class NewBatch(Callback):
+        order = CastToTensor.order
+
+        def before_batch(self):
+            self.learn.xb = tuple(x.contiguous() for x in self.xb)
+
+    class Wrap(Callback):
+        order = DistributedTrainer.order
+
+        def before_fit(self):
+            self.wrapped = all_channels_last(self.model.parameters())
+
+    wrap, spy = Wrap(), InputFormats()
+    new_learner(cbs=[wrap, NewBatch(), ChannelsLast(), spy]).fit(1)
+    assert wrap.wrapped and spy.formats == [True]
+
+
 def test_nested_inputs_are_converted(new_learner):
     class Nested(nn.Module):
         def __init__(self):
@@ -385,6 +405,11 @@ def test_result_is_the_same_whatever_the_learner_held_before(new_learner, bf16_c
     assert_format(learn, False)
     learn.fit(1)
     assert_format(learn, False)
+
+
+def test_one_channels_last_even_if_there_were_two(learn):
+    learn.add_cbs([ChannelsLast, ChannelsLast]).to_channelslast(use_amp=False)
+    assert count(learn, ChannelsLast) == 1
 
 
 def test_model_attributes_of_the_callbacks_names_are_no_obstacle(learn, bf16_cpu):
@@ -572,6 +597,16 @@ def test_undoing_compilation_works_if_pytorch_renames_that_place(learn, count_co
     assert learn.train_format.compile is None and count_compiles == ["default"]
 
 
+def test_failure_to_compile_changes_nothing(learn, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        learn.to_format(TrainFormat(True, compile="default"))
+    assert learn.train_format == TrainFormat()
+
+
 def test_copy_of_a_compiled_learner_is_not_compiled(learn, count_compiles):
     learn.to_format(TrainFormat(compile="default"))
     assert copy.deepcopy(learn.model)._compiled_call_impl is None
@@ -610,6 +645,16 @@ def test_view_error_reaches_the_user_with_a_note(new_learner):
     learn.fit(1)
 
 
+def test_view_error_in_the_model_itself(new_learner):
+    class Root(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).view(len(x), -1)
+
+    with pytest.raises(RuntimeError) as caught:
+        new_learner(lambda: Root(3, 4, 3), cbs=ChannelsLast()).fit(1)
+    assert "the model calls `.view`" in caught.value.__notes__[0]
+
+
 def test_view_error_in_the_loss_is_not_laid_at_a_module(new_learner):
     def loss(pred, target):
         return pred.view(-1).sum()
@@ -646,6 +691,16 @@ def test_note_is_a_warning_where_exceptions_take_none():
 # What leaves the Learner
 
 
+def flatten(nested):
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    if isinstance(nested, (list, tuple, L)):
+        for item in nested:
+            yield from flatten(item)
+    else:
+        yield nested
+
+
 def contiguous(state):
     return all(value.is_contiguous() and not is_channels_last(value) for value in state.values())
 
@@ -665,6 +720,15 @@ def test_saved_file_is_that_of_a_contiguous_model(new_learner, opt_func, tmp_pat
     )
     assert files[0].stat().st_size == files[1].stat().st_size
     save_file(last["model"], tmp_path / "model.safetensors")
+    states = [[t for t in flatten(file["opt"]) if torch.is_tensor(t) and t.ndim == 4] for file in (last, plain)]
+    assert states[0]
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*states, strict=True))
+
+
+def test_saved_file_of_a_wrapped_model_is_that_of_the_model(learn, tmp_path):
+    learn.path = tmp_path
+    learn.model = nn.DataParallel(learn.model)
+    assert torch.load(learn.save("wrapped")).keys() == TinyNet().state_dict().keys()
 
 
 def test_saved_file_keeps_tied_weights_once(new_learner, tmp_path):

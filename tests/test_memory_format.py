@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections import OrderedDict, namedtuple
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -68,13 +69,29 @@ def test_strides_decide_where_both_formats_hold_the_values_alike():
         assert is_channels_last(last)
 
 
+def test_tensor_of_one_element_an_item_is_contiguous():
+    for shape in ((4, 1, 1, 1), (4, 1, 1, 1, 1)):
+        x = torch.randn(shape)
+        assert get_memory_format(x) == torch.contiguous_format
+        assert to_memory_format(x) is x
+        # which is how a convolution reads it
+        weight = torch.randn(3, 1, *[1] * (len(shape) - 2))
+        assert (F.conv2d if len(shape) == 4 else F.conv3d)(x, weight).stride() == torch.empty(4, 3, *shape[2:]).stride()
+
+
+def test_tensor_in_neither_format_becomes_contiguous():
+    x = torch.randn(2, 3, 4, 5).transpose(2, 3)
+    assert to_memory_format(x, channels_last=False).is_contiguous()
+    assert torch.equal(to_memory_format(x, channels_last=False), x)
+
+
 def test_other_ranks_empty_and_sparse_tensors_are_contiguous():
     for x in (
         torch.tensor(1.0),
         torch.randn(3),
         torch.randn(3, 4, 5),
-        torch.empty(0, 3, 4, 4),
-        torch.eye(3).to_sparse(),
+        torch.empty(0, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 4, 4).to_sparse(),
     ):
         assert get_memory_format(x) == torch.contiguous_format
 
@@ -113,6 +130,27 @@ def test_nested_batch_keeps_its_structure():
     assert is_channels_last(converted[1][0]) and converted[1][1:] == ["text", None]
     assert is_channels_last(converted[2]["a"]["b"]) and converted[2]["c"] == 3
     assert not is_channels_last(batch[0].image) and not is_channels_last(batch[2]["a"]["b"])
+
+
+class UserMapping(Mapping):
+    "A mapping that cannot be written to."
+
+    def __init__(self, items):
+        self.contents = dict(items)
+
+    def __getitem__(self, key):
+        return self.contents[key]
+
+    def __iter__(self):
+        return iter(self.contents)
+
+    def __len__(self):
+        return len(self.contents)
+
+
+def test_read_only_mapping_is_taken():
+    converted = to_memory_format(UserMapping({"image": torch.randn(2, 3, 4, 4)}))
+    assert type(converted) is UserMapping and is_channels_last(converted["image"])
 
 
 def test_batch_with_nothing_to_convert_is_itself():
@@ -186,6 +224,16 @@ def test_parameters_that_share_memory_still_do():
     assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
 
 
+def test_parameters_of_other_shapes_in_one_memory_are_not_mixed_up():
+    memory = torch.randn(4 * 3 * 3 * 3)
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 2, 3)])
+    model[0].weight.data = memory.view(4, 3, 3, 3)
+    model[1].weight.data = memory[:54].view(2, 3, 3, 3)
+    module_to_memory_format(model)
+    assert torch.equal(model[0].weight, memory.view(4, 3, 3, 3))
+    assert torch.equal(model[1].weight, memory[:54].view(2, 3, 3, 3))
+
+
 def test_converting_twice_moves_nothing():
     model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)))
     pointers = [param.data_ptr() for param in model.parameters()]
@@ -247,6 +295,16 @@ def test_optimizer_state_follows_the_parameters(new_optimizer):
         for param, value, copy in values:
             assert torch.equal(value, copy)
             assert value.shape != param.shape or value.stride() == param.stride()
+
+
+def test_optimizer_state_keeps_its_dtype():
+    param = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.state[param] = {"momentum_buffer": torch.randn(2, 3, 4, 4, dtype=torch.float64), "step": 3}
+    optimizer_to_memory_format(optimizer)
+    state = optimizer.state[param]
+    assert state["momentum_buffer"].dtype is torch.float64 and is_channels_last(state["momentum_buffer"])
+    assert state["step"] == 3
 
 
 def test_devices_on_which_channels_last_is_right():

@@ -6,15 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import new_dls
 from fastai.callback import fp16 as fastai_fp16
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.amp import GradScaler
 
 from channelslast import precision
-from channelslast.precision import AMPMode, MixedPrecision, accelerated_dtypes, autocast_dtype
+from channelslast.precision import AMPMode, MixedPrecision, accelerated_dtypes, autocast_dtype, training_device
 
 OPTIONS = dict(init_scale=8.0, growth_factor=3.0, backoff_factor=0.25, growth_interval=5, enabled=True)
 
@@ -85,6 +87,30 @@ def test_gpu_accelerates_by_compute_capability(monkeypatch, capability, expected
     accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("cuda") == expected
     accelerated_dtypes.cache_clear()
+
+
+def test_every_gpu_under_rocm_has_both(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    accelerated_dtypes.cache_clear()
+    assert accelerated_dtypes("cuda") == (torch.float16, torch.bfloat16)
+    accelerated_dtypes.cache_clear()
+
+
+@pytest.mark.parametrize("has_scaler, expected", [(True, (torch.float16, torch.bfloat16)), (False, ())])
+def test_mps_needs_a_pytorch_with_its_grad_scaler(monkeypatch, has_scaler, expected):
+    monkeypatch.setattr(precision, "ismin_torch", lambda version: has_scaler)
+    accelerated_dtypes.cache_clear()
+    assert accelerated_dtypes("mps") == expected
+    accelerated_dtypes.cache_clear()
+
+
+def test_training_device_is_the_one_that_fastai_trains_on(new_learner, monkeypatch):
+    assert training_device(new_learner(dls=new_dls(3, 8, 8, device="meta"))) == torch.device("meta")
+    by_hand = new_learner(dls=new_dls(3, 8, 8, device="meta"), default_cbs=False)
+    assert training_device(by_hand) == torch.device("cpu")
+    plain_dls = new_learner(dls=DataLoaders([1], [1]), loss_func=nn.MSELoss())
+    monkeypatch.setattr(precision, "default_device", lambda: torch.device("meta"))
+    assert training_device(plain_dls) == torch.device("meta")
 
 
 def test_device_without_autocast_trains_in_float32():
@@ -379,6 +405,28 @@ def test_fastai_mixed_precision_is_replaced_with_its_options(bf16_cpu, new_learn
     learn.to_fp16()
     assert [type(cb) for cb in mixed_precisions(learn)] == [MixedPrecision]
     assert learn.mixed_precision.kwargs == {"init_scale": 16.0}
+
+
+def test_fastai_mixed_precision_in_bf16_is_replaced_without_a_word(bf16_cpu, new_learner):
+    learn = new_learner(cbs=fastai_fp16.MixedPrecision("bf16"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
+        learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.to_bf16()
+    assert [type(cb) for cb in mixed_precisions(learn)] == [MixedPrecision]
+
+
+def test_newest_of_several_decides(bf16_cpu, new_learner):
+    newest = MixedPrecision("bf16")
+    learn = new_learner(cbs=[MixedPrecision("fp16"), newest])
+    assert mixed_precisions(learn.to_bf16()) == [newest]
+
+
+def test_same_options_again_change_nothing(fp16_cpu, learn):
+    before = learn.to_fp16(init_scale=16.0).mixed_precision
+    assert learn.to_fp16(init_scale=16.0).mixed_precision is before
 
 
 def test_subclass_of_the_users_stays(bf16_cpu, new_learner):
