@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 
 from channelslast.memory_format import (
     conv_ndims,
+    has_lazy_parameters,
     match_strides,
     module_ndims,
     module_to_memory_format,
@@ -31,7 +32,6 @@ from channelslast.precision import (
     MixedPrecision,
     amp_mode_in_use,
     choose_precision,
-    get_mixed_precision,
     remove_cbs,
     set_precision,
     to_amp_mode,
@@ -41,7 +41,10 @@ from channelslast.precision import (
 __all__ = ["ChannelsLast", "TrainFormat"]
 
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
+_VIEW_ERRORS = (
+    "view size is not compatible with input tensor's size and stride",
+    "Cannot view a tensor with shape",  # the compiler's words
+)
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,28 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
 
     def __init__(self):
         super().__init__()
+        self.is_on = False
+        self.has_lazy = False
         self.input_ndims = set()
         self.told = set()
 
     def before_fit(self):
         device = training_device(self.learn)
         reliable = supports_channels_last(device)
-        ndims = module_ndims(self.model)
+        self.has_lazy = has_lazy_parameters(self.model)
         self.input_ndims = conv_ndims(self.model) if reliable else set()
+        has_ndims = bool(module_ndims(self.model) or self.input_ndims)
+        self.is_on = reliable and has_ndims
         if not reliable:
             self._warn_once(f"channels last is not reliable on the device '{device}': training in contiguous format")
-        elif not ndims:
+        elif not has_ndims and not self.has_lazy:
             self._warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
-        if ndims:
+        if has_ndims:
             _convert_model(self.learn, channels_last=reliable)
+
+    def before_train(self):
+        if self.is_on:  # a checkpoint loaded after an epoch brings contiguous optimizer state
+            _convert_model(self.learn, channels_last=True)
 
     def _warn_once(self, message: str):
         if message not in self.told:
@@ -108,8 +119,12 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
         if self.input_ndims:
             self.learn.xb = to_memory_format(self.xb, ndims=self.input_ndims)
 
+    def after_pred(self):
+        if self.has_lazy:  # the first forward pass gave them their shape
+            self.before_fit()
+
     def after_exception(self, error: BaseException):
-        if isinstance(error, RuntimeError) and _VIEW_ERROR in str(error):
+        if self.is_on and isinstance(error, RuntimeError) and any(words in str(error) for words in _VIEW_ERRORS):
             add_note(
                 error,
                 f"channelslast: {_raised_in(error, self.model)} calls `.view` on channels last activations, "
@@ -180,12 +195,10 @@ def to_contiguous(
     to_fp32: bool = False,  # also remove mixed precision, of every kind
 ) -> Learner:
     "Put the model, its gradients and the optimizer state back in contiguous format, at once."
-    precision = get_mixed_precision(self)
-    if precision is None and not to_fp32:  # nothing to say of precision, fastai's non-native kind stays
-        _set_channels_last(self, False)
-        return self
-    amp_mode = None if to_fp32 else precision.amp_mode
-    return self.to_format(TrainFormat(False, amp_mode, _compile_mode(self.model)))
+    if to_fp32:
+        return self.to_format(TrainFormat(False, None, _compile_mode(self.model)))
+    _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is
+    return self
 
 
 @patch
@@ -213,6 +226,7 @@ def to_format(
 def train_format(self: Learner) -> TrainFormat:
     "The format in which the next fit trains: what the device makes of the precision asked for, and the compile mode."
     channels_last = any(isinstance(cb, fastai_channelslast.ChannelsLast) for cb in self.cbs)
+    channels_last = channels_last and supports_channels_last(training_device(self))
     return TrainFormat(channels_last, amp_mode_in_use(self), _compile_mode(self.model))
 
 
@@ -226,14 +240,18 @@ def _set_channels_last(learn: Learner, channels_last: bool) -> None:
         _convert_model(learn, channels_last=False)
 
 
-# The modules that `to_format` compiled, and how. A pickled or deep-copied module is not compiled, and is not in here.
-_compiled: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# The modules that `to_format` compiled: the mode, and the id of PyTorch's wrapper, which is another once the owner has
+# compiled anew. A pickled or deep-copied module is not compiled, and is not in here.
+_compiled: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
 
 
 def _compile_mode(model: nn.Module) -> str | None:
     "The mode in which `model` is compiled in place, None for eager; 'default' where its owner compiled it."
-    by_owner = "default" if getattr(model, "_compiled_call_impl", None) is not None else None
-    return _compiled.get(model, by_owner)
+    wrapper = getattr(model, "_compiled_call_impl", None)
+    mode, compiled_as = _compiled.get(model, (None, None))
+    if compiled_as == id(wrapper):
+        return mode
+    return "default" if wrapper is not None else None
 
 
 def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
@@ -241,7 +259,7 @@ def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
         return
     if mode is not None:
         model.compile(mode=mode)
-        _compiled[model] = mode
+        _compiled[model] = mode, id(getattr(model, "_compiled_call_impl", None))
         return
     model.compile(disable=True)
     vars(model).pop("_compiled_call_impl", None)  # what is left of it: a wrapper that does nothing

@@ -1,7 +1,8 @@
 "What memory format a tensor is in, and how to convert tensors, batches, modules and optimizer state."
 
 import copy
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections import UserString
+from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -104,17 +105,24 @@ def _map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
         result = copy.copy(batch)  # keeps what a subclass carries, as a state dict its version
         result.update(changed)
         return result
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes, UserString)):
         items = [_map_tensors(function, item) for item in batch]
         if all(new is old for new, old in zip(items, batch, strict=True)):
             return batch
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+        if hasattr(batch, "_replace"):  # a named tuple
+            return batch._replace(**dict(zip(batch._fields, items, strict=True)))
+        if not isinstance(batch, MutableSequence):
+            return type(batch)(items)
+        result = copy.copy(batch)
+        for i, item in enumerate(items):
+            result[i] = item
+        return result
     return batch
 
 
 def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
     "`tensor` in the format asked for; `tensor` itself where its rank has none or its strides already are."
-    if tensor.layout != torch.strided or tensor.ndim not in CHANNELS_LAST:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.ndim not in CHANNELS_LAST:
         return tensor
     if channels_last:
         new = tensor.to(memory_format=CHANNELS_LAST[tensor.ndim])
@@ -126,6 +134,8 @@ def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
 
 def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Tensor]) -> Tensor:
     "`_convert`, the same result for tensors that are one and the same piece of memory."
+    if tensor.data_ptr() == 0:  # no memory of its own: empty, on the meta device, or a subclass that wraps tensors
+        return _convert(tensor, channels_last)
     key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
     if key not in converted:
         converted[key] = _convert(tensor, channels_last)
@@ -141,6 +151,13 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
     for name, value in vars(old).items():
         vars(new).setdefault(name, value)
     return new
+
+
+def has_lazy_parameters(
+    module: nn.Module,
+) -> bool:
+    "Whether `module` has parameters that get their shape in the first forward pass, and a memory format only then."
+    return any(is_lazy(param) for param in module.parameters())
 
 
 def module_ndims(
@@ -170,6 +187,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def module_to_memory_format(
     module: nn.Module,
     channels_last: bool = True,  # False: contiguous
@@ -198,6 +216,7 @@ def match_strides(
         tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
+@torch.inference_mode(False)
 def optimizer_to_memory_format(
     optimizer: Any,  # a `torch.optim.Optimizer`, or anything with its `state`: `{parameter: {name: value}}`
 ) -> Any:

@@ -2,16 +2,25 @@
 
 import platform
 from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import cache
-from numbers import Real
+from functools import cache, partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 from warnings import warn
 
 import torch
 from fastai.callback import fp16 as fastai_fp16
-from fastai.callback.core import Callback, CancelStepException, TrainEvalCallback
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
+    TrainEvalCallback,
+)
 from fastai.callback.fp16 import AMPMode
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -129,7 +138,10 @@ _SCALER_OPTIONS = {
     "init_scale": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "growth_factor": (lambda value: _is_number(value) and value > 1, "a number above 1"),
     "backoff_factor": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
-    "growth_interval": (lambda value: isinstance(value, int) and value > 0, "a whole number above 0"),
+    "growth_interval": (
+        lambda value: _is_number(value) and isinstance(value, Integral) and value > 0,
+        "a whole number above 0",
+    ),
     "enabled": (lambda value: isinstance(value, bool), "True or False"),
 }
 
@@ -149,8 +161,45 @@ def check_scaler_options(
 
 # The callback
 
+_FIT_GOES_ON = (
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
+)
 
-@delegates(GradScaler, but="device")
+
+class AutocastState:
+    "Autocast as it is now, to put it back to, from wherever an interrupt left it."
+
+    def __init__(
+        self,
+        device_type: str,  # 'cpu', 'cuda', ...
+    ):
+        self.device_type = device_type
+        self.enabled = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type)
+        self.cache_enabled = torch.is_autocast_cache_enabled()
+        self.depth = self._depth()
+
+    @staticmethod
+    def _depth() -> int:
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting()
+
+    def restore(self) -> None:
+        while self._depth() > self.depth:
+            torch.autocast_decrement_nesting()
+        if self.depth == 0:
+            torch.clear_autocast_cache()  # of weights in half precision, which would go on being used
+        torch.set_autocast_enabled(self.device_type, self.enabled)
+        torch.set_autocast_dtype(self.device_type, self.dtype)
+        torch.set_autocast_cache_enabled(self.cache_enabled)
+
+
 class MixedPrecision(fastai_fp16.MixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
@@ -159,6 +208,9 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
     exception or an interrupt inside a batch leaves autocast as it was.
     """
 
+    __signature__ = None  # not that of fastai's class, but of:
+
+    @delegates(GradScaler, but="device")
     def __init__(
         self,
         amp_mode: str | AMPMode = AMPMode.FP16,  # 'fp16' or 'bf16'
@@ -166,7 +218,7 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
     ):
         check_scaler_options(kwargs)
         super().__init__(to_amp_mode(amp_mode), **kwargs)
-        self.autocast_stack = ExitStack()
+        self.entered = []
         self.told = set()
         self.loss_copy = None
         if kwargs and self.amp_mode is AMPMode.BF16:
@@ -189,29 +241,35 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         return dtype
 
     def before_fit(self):
+        newest = get_mixed_precision(self.learn)
+        for cb in self.learn.cbs:  # two at once would scale the loss twice; fastai resets `run` after the fit
+            if isinstance(cb, fastai_fp16.MixedPrecision) and cb is not newest:
+                cb.run = False
+        if self is not newest:
+            return
         device = training_device(self.learn)
         dtype = self.dtype_on(device)
-        self._drop_scaled_gradients()
-        self.autocast = autocast(device.type, dtype=dtype) if dtype else None
+        self.entered = []
+        self.autocast_device = device.type
+        self.autocast = partial(autocast, device.type, dtype=dtype) if dtype else None
         enabled = dtype is torch.float16 and self.kwargs.get("enabled", True)
         self.learn.scaler = GradScaler(device.type, **{**self.kwargs, "enabled": enabled})
         self.scales = L()
 
-    def _drop_scaled_gradients(self):
-        "A fit that did not end left its scaler, and perhaps gradients that are still multiplied by its scale."
-        scaler = vars(self.learn).get("scaler")
-        if scaler is not None and scaler.is_enabled():
-            self.opt.zero_grad()
-
     def before_batch(self):
         if self.autocast is not None:
-            self.autocast_stack.enter_context(self.autocast)
+            context = self.autocast()
+            self.entered.append((context, AutocastState(self.autocast_device)))
+            context.__enter__()
 
     def after_loss(self):
-        self.autocast_stack.close()
+        if self.entered:
+            context, _ = self.entered[-1]
+            context.__exit__(None, None, None)
+            self.entered.pop()  # last: an interrupt inside `__exit__` still finds the state to restore
 
     def after_cancel_batch(self):
-        self.autocast_stack.close()
+        self.after_loss()
 
     def before_backward(self):
         super().before_backward()
@@ -221,8 +279,19 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         self._finish_copying_loss()
 
     def after_exception(self, error: BaseException):
-        self.autocast_stack.close()
+        "Put back what only the rest of the batch would have: autocast, and gradients that are multiplied by the scale."
+        for _, state in reversed(self.entered):
+            state.restore()
+        self.entered = []
+        self.loss_copy = None
         self._forget_found_inf()
+        if self.training and self.learn.scaler is not None and not isinstance(error, _FIT_GOES_ON):
+            if self.learn.scaler.is_enabled():
+                self.opt.zero_grad()
+            self.learn.scaler = None
+            for cb in self.learn.cbs:
+                if isinstance(cb, fastai_fp16.MixedPrecision):
+                    cb.run = True
 
     def before_step(self):
         "Unscale the gradients, and cancel the step if they overflowed; a fused optimizer cancels its own."
@@ -243,10 +312,11 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         """Whether PyTorch's fused kernels make the step: they read for themselves whether gradients overflowed.
 
         To read it in Python is to wait until the GPU is done, every step. `GradScaler` looks this name up on the
-        optimizer that it steps, which is `self`. Were it to look no more, it would read in Python: slower, as right.
+        optimizer that it steps, which is `self`. Were the name to go, it would read in Python: slower, as right.
         """
         opt = self._torch_optimizer
-        return opt is not None and all(group.get("fused") for group in opt.param_groups)
+        reads_found_inf = getattr(opt, "_step_supports_amp_scaling", False)  # PyTorch's fused optimizers have it
+        return reads_found_inf and all(group.get("fused") for group in opt.param_groups)
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer | None:
@@ -364,11 +434,14 @@ def remove_cbs(
         vars(learn).setdefault(cb.name, cb)
 
 
+_all_batches = Learner.all_batches
+
+
 @patch
-def one_batch(self: Learner, i, b):
-    "Train or evaluate `self.model` on batch `(xb,yb)`; show an exception to the callbacks with `after_exception`."
+def all_batches(self: Learner):
+    "Train or evaluate `self.model` on all batches of `self.dl`; show an exception to callbacks with `after_exception`."
     try:
-        self._orig_one_batch(i, b)
+        _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
         for cb in self.cbs:
             if hasattr(type(cb), "after_exception"):

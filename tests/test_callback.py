@@ -131,6 +131,27 @@ def test_model_gradients_and_optimizer_state_follow_there_and_back(new_learner, 
     assert_format(learn, False)
 
 
+@pytest.mark.parametrize("opt_func", [Adam, wrapped_adamw])
+def test_optimizer_state_loaded_between_epochs_follows(new_learner, opt_func, tmp_path):
+    learn = new_learner(opt_func=opt_func, path=tmp_path).to_channelslast(use_amp=False)
+    learn.fit(1)
+    learn.save("mid")
+    learn.fit(2, cbs=Callback(after_epoch=lambda cb: cb.epoch == 0 and cb.learn.load("mid")))
+    assert_format(learn, True)
+
+
+def test_model_that_gets_its_shapes_in_the_first_batch_follows(new_learner):
+    def lazy():
+        return nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3))
+
+    learn = new_learner(lazy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.to_channelslast(use_amp=False).fit(1)
+    assert all_channels_last(learn.model.parameters())
+    assert_format(learn, True)
+
+
 def test_lookahead_weights_follow(new_learner):
     learn = new_learner(opt_func=ranger)
     learn.fit(1)
@@ -339,6 +360,7 @@ def test_unreliable_device_trains_in_contiguous_format_with_one_warning(new_lear
     assert len([w for w in caught if "not reliable on the device 'cpu'" in str(w.message)]) == 1
     assert_format(learn, False)
     assert spy.formats == [False]
+    assert learn.train_format == TrainFormat(False)
 
 
 # The two methods
@@ -438,6 +460,14 @@ def test_to_fp32_takes_every_kind_of_mixed_precision_off(learn, kind):
     assert count(learn, kinds) > 0
     learn.to_contiguous(to_fp32=True)
     assert count(learn, kinds) == 0
+
+
+def test_to_contiguous_leaves_mixed_precision_alone(new_learner, monkeypatch):
+    theirs = fastai_fp16.MixedPrecision("bf16")
+    learn = new_learner(cbs=[theirs, ChannelsLast()])
+    monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
+    monkeypatch.setattr(precision, "training_device", lambda learn: torch.device("cuda"))
+    assert theirs in learn.to_contiguous().cbs
 
 
 def test_plain_cbs_of_fastais_mixed_precision_work(new_learner):
@@ -607,6 +637,14 @@ def test_failure_to_compile_changes_nothing(learn, monkeypatch):
     assert learn.train_format == TrainFormat()
 
 
+def test_model_that_its_owner_compiles_anew_counts_as_the_owners(learn, count_compiles):
+    learn.to_format(TrainFormat(compile="reduce-overhead"))
+    learn.model.compile()
+    assert learn.train_format.compile == "default"
+    learn.to_format(TrainFormat(compile="reduce-overhead"))
+    assert learn.train_format.compile == "reduce-overhead"
+
+
 def test_copy_of_a_compiled_learner_is_not_compiled(learn, count_compiles):
     learn.to_format(TrainFormat(compile="default"))
     assert copy.deepcopy(learn.model)._compiled_call_impl is None
@@ -665,6 +703,34 @@ def test_view_error_in_the_loss_is_not_laid_at_a_module(new_learner):
     with pytest.raises(RuntimeError) as caught:
         new_learner(body, loss_func=loss, metrics=[], cbs=ChannelsLast()).fit(1)
     assert "the code after the model" in caught.value.__notes__[0]
+
+
+def test_view_error_gets_no_note_where_the_model_is_contiguous(new_learner, monkeypatch):
+    def fit(model, dls):
+        with warnings.catch_warnings(), pytest.raises(RuntimeError) as caught:
+            warnings.simplefilter("ignore")
+            new_learner(model, dls, cbs=ChannelsLast()).fit(1)
+        return caught.value
+
+    class Transposes(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2).view(-1)
+
+    assert not hasattr(fit(lambda: Transposes(4, 3), new_dls(4, 5)), "__notes__")
+    assert hasattr(fit(Views, new_dls(3, 8, 8)), "__notes__")
+    monkeypatch.setattr(memory_format, "UNRELIABLE_DEVICES", {"cpu"})
+    dls = new_dls(3, 8, 8)
+    for dl in (dls.train, dls.valid):
+        dl[:] = [(x.to(memory_format=torch.channels_last), y) for x, y in dl]
+    assert not hasattr(fit(Views, dls), "__notes__")
+
+
+@pytest.mark.cuda
+def test_view_error_of_a_compiled_model_gets_a_note(new_learner):
+    learn = new_learner(Views, device="cuda").to_format(TrainFormat(True, compile="default"))
+    with pytest.raises(RuntimeError) as caught:
+        learn.fit(1)
+    assert "reshape" in caught.value.__notes__[0]
 
 
 def test_other_errors_get_no_note(new_learner):

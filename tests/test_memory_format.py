@@ -3,13 +3,14 @@
 import itertools
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserString, deque, namedtuple
 from collections.abc import Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorImage
+from fastcore.foundation import L
 from torch import nn
 
 from channelslast.memory_format import (
@@ -19,6 +20,7 @@ from channelslast.memory_format import (
     module_ndims,
     module_to_memory_format,
     optimizer_to_memory_format,
+    state_to_contiguous,
     supports_channels_last,
     to_memory_format,
 )
@@ -148,6 +150,25 @@ class UserMapping(Mapping):
         return len(self.contents)
 
 
+class Sized(list):
+    "A list whose constructor takes more than its items."
+
+    def __init__(self, items, size):
+        super().__init__(items)
+        self.size = size
+
+
+def test_lists_of_all_kinds_keep_what_they_carry():
+    image = torch.randn(2, 3, 4, 4)
+    sized = to_memory_format(Sized([image], size=7))
+    assert type(sized) is Sized and sized.size == 7 and is_channels_last(sized[0])
+    queue = to_memory_format(deque([image], maxlen=5))
+    assert queue.maxlen == 5 and is_channels_last(queue[0])
+    fastai_list = L(image, 3)
+    assert is_channels_last(to_memory_format(fastai_list)[0]) and not is_channels_last(fastai_list[0])
+    assert to_memory_format(UserString("text")) == "text"
+
+
 def test_read_only_mapping_is_taken():
     converted = to_memory_format(UserMapping({"image": torch.randn(2, 3, 4, 4)}))
     assert type(converted) is UserMapping and is_channels_last(converted["image"])
@@ -222,6 +243,44 @@ def test_parameters_that_share_memory_still_do():
     module_to_memory_format(model)
     assert model[0].weight is not model[1].weight
     assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+
+
+class Wrapper(torch.Tensor):
+    "A tensor that holds another and has no memory of its own, as DTensor does."
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(arg):
+            return arg.inner if isinstance(arg, cls) else arg
+
+        out = func(*map(unwrap, args), **(kwargs or {}))
+        return cls(out) if isinstance(out, torch.Tensor) else out
+
+
+def test_wrapped_tensors_are_not_taken_for_one_another():
+    a, b = (Wrapper(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)) for _ in range(2))
+    state = state_to_contiguous({"a": a, "b": b})
+    assert torch.equal(state["a"].inner, a.inner) and torch.equal(state["b"].inner, b.inner)
+    assert not is_channels_last(state["a"].inner)
+
+
+def test_model_converted_in_inference_mode_can_still_be_trained():
+    model = nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        module_to_memory_format(model)
+        optimizer_to_memory_format(optimizer)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
 
 
 def test_parameters_of_other_shapes_in_one_memory_are_not_mixed_up():

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
@@ -34,6 +35,17 @@ def wheel(tmp_path_factory):
     subprocess.run(command, check=True)
     (file,) = folder.glob("*.whl")
     return zipfile.ZipFile(file)
+
+
+def test_source_distribution_can_be_built_from(tmp_path):
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=tmp_path / "source", check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_wheel_holds_the_package_alone(wheel):

@@ -1,6 +1,8 @@
 "Mixed precision: which dtype a device gets, the GradScaler options, and autocast that is left as it was."
 
 import inspect
+import sys
+import types
 import warnings
 from functools import partial
 
@@ -8,9 +10,9 @@ import pytest
 import torch
 from conftest import new_dls
 from fastai.callback import fp16 as fastai_fp16
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder, load_learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.amp import GradScaler
@@ -204,7 +206,8 @@ def test_options_that_the_device_makes_void_warn(bf16_cpu, new_learner):
 
 def test_help_shows_every_option():
     for function in (MixedPrecision, Learner.to_fp16):
-        assert set(OPTIONS) <= set(inspect.signature(function).parameters)
+        parameters = set(inspect.signature(function).parameters) - {"self", "amp_mode"}
+        assert parameters == set(OPTIONS)
 
 
 # Training
@@ -272,6 +275,20 @@ def float16_step_equals_float32_step(new_learner, opt_func, device="cpu"):
 def test_scaled_step_equals_the_unscaled_one(fp16_cpu, new_learner, fused):
     learn = float16_step_equals_float32_step(new_learner, wrapped(torch.optim.SGD, fused=fused))
     assert "found_inf" not in vars(learn.opt.opt)
+
+
+def test_optimizer_that_only_says_that_it_is_fused_still_skips_an_overflow(fp16_cpu, new_learner):
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, dict(lr=lr, fused=True))
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param -= group["lr"] * param.grad
+
+    float16_step_equals_float32_step(new_learner, wrapped(Own))
 
 
 def test_overflow_skips_the_fused_step_and_lowers_the_scale(fp16_cpu, new_learner):
@@ -377,15 +394,89 @@ def test_exception_inside_a_batch_leaves_autocast_as_it_was(where, error, bf16_c
     assert autocast_state() == before
 
 
-def test_interrupted_fit_leaves_no_scaled_gradients_behind(fp16_cpu, new_learner):
-    learn = new_learner(linear, cbs=MixedPrecision("fp16"))
+@pytest.mark.parametrize("event", ["before_backward", "after_backward", "before_step", "after_step"])
+def test_interrupted_fit_leaves_no_scaled_gradients_behind(fp16_cpu, new_learner, event):
+    def gradient_norms(learn):
+        norms = []
+        cb = Callback(before_step=lambda cb: norms.append(cb.model[1].weight.grad.norm().item()))
+        cb.order = MixedPrecision.order + 1
+        learn.fit(1, cbs=cb)
+        return norms
+
+    learn = new_learner(linear, opt_func=wrapped(torch.optim.SGD, fused=True), lr=1e-9, cbs=MixedPrecision("fp16"))
     with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, cbs=RaiseAt("after_backward", KeyboardInterrupt(), 0))
-    gradients = []
-    cb = Callback(before_step=lambda cb: gradients.append(cb.model[1].weight.grad.norm().item()))
-    cb.order = MixedPrecision.order + 1
-    learn.fit(1, cbs=cb)
-    assert gradients[0] < 100
+        learn.fit(1, cbs=RaiseAt(event, KeyboardInterrupt(), 50))
+    assert "found_inf" not in vars(learn.opt.opt)
+    assert gradient_norms(learn.to_fp32()) == pytest.approx(gradient_norms(new_learner(linear, lr=1e-9)), rel=1e-3)
+
+
+@pytest.mark.parametrize("event", ["before_backward", "after_step"])
+def test_interrupted_learner_can_be_exported(fp16_cpu, new_learner, tmp_path, event):
+    learn = new_learner(linear, path=tmp_path, cbs=MixedPrecision("fp16"))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=RaiseAt(event, KeyboardInterrupt(), 50))
+    del learn.logger
+    learn.logger = print
+    learn.dls.new_empty = types.MethodType(lambda dls: new_dls(3, 8, 8), learn.dls)
+    learn.export()
+    load_learner(tmp_path / "export.pkl", cpu=False).validate()
+
+
+def test_fit_that_a_cancel_exception_ends_keeps_its_scaler_till_then(fp16_cpu, new_learner):
+    scalers = []
+    learn = new_learner(linear, cbs=MixedPrecision("fp16"))
+    watch = Callback(after_cancel_train=lambda cb: scalers.append(cb.learn.scaler))
+    learn.fit(1, cbs=[RaiseAt("after_backward", CancelTrainException(), 50), watch])
+    assert scalers[0] is not None
+
+
+def test_inner_validation_leaves_autocast_as_it_was(bf16_cpu, new_learner):
+    class Inner(Callback):
+        run_valid = False
+
+        def after_pred(self):
+            self.enabled = torch.is_autocast_enabled("cpu")
+            inner = self.learn
+            saved = inner.dl, inner.xb, inner.yb, inner.pred
+            inner.training = False
+            inner._do_epoch_validate(dl=inner.dls.valid)
+            inner.training = True
+            self.still = torch.is_autocast_enabled("cpu")
+            inner.dl, inner.xb, inner.yb, inner.pred = saved
+
+    inner = Inner()
+    before = autocast_state()
+    new_learner(cbs=[MixedPrecision("bf16"), inner]).fit(1)
+    assert inner.enabled and inner.still
+    assert autocast_state() == before
+
+
+@pytest.mark.parametrize("function", ["__enter__", "__exit__"])
+@pytest.mark.parametrize("line", range(1, 12))
+def test_interrupt_inside_autocast_itself_leaves_it_as_it_was(bf16_cpu, new_learner, function, line):
+    code = getattr(torch.autocast, function).__code__
+    steps = 0
+
+    def trace(frame, event, arg):
+        return count_lines if frame.f_code is code else None
+
+    def count_lines(frame, event, arg):
+        nonlocal steps
+        steps += event == "line"
+        if steps == line:
+            raise KeyboardInterrupt
+        return count_lines
+
+    learn = new_learner(cbs=MixedPrecision("bf16"))
+    before = autocast_state()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1)
+    finally:
+        sys.settrace(None)
+    assert autocast_state() == before
+    learn.fit(1)
 
 
 # `to_fp16` and its like
@@ -416,6 +507,20 @@ def test_fastai_mixed_precision_in_bf16_is_replaced_without_a_word(bf16_cpu, new
         warnings.simplefilter("error")
         learn.to_bf16()
     assert [type(cb) for cb in mixed_precisions(learn)] == [MixedPrecision]
+
+
+@pytest.mark.parametrize("cls", [MixedPrecision, fastai_fp16.MixedPrecision])
+def test_newest_of_several_trains_alone(fp16_cpu, new_learner, cls):
+    learn = new_learner(linear, cbs=cls("fp16", init_scale=4.0))
+    scales = []
+    watch = Callback(before_step=lambda cb: scales.append(cb.learn.scaler.get_scale()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
+        learn.fit(1, cbs=[MixedPrecision("fp16", init_scale=64.0), watch])
+        assert set(scales) == {64.0}
+        if cls is MixedPrecision:
+            learn.fit(1, cbs=watch)
+            assert scales[-1] == 4.0
 
 
 def test_newest_of_several_decides(bf16_cpu, new_learner):
@@ -478,10 +583,13 @@ def test_fused_step_does_not_wait_for_the_gpu(new_learner):
         def before_backward(self):
             torch.cuda.set_sync_debug_mode("error")
 
-        def after_step(self):
+    class SyncAgain(Callback):
+        order = Recorder.order + 1
+
+        def after_batch(self):
             torch.cuda.set_sync_debug_mode("default")
 
     try:
-        learn.fit(1, cbs=NoSync())
+        learn.fit(1, cbs=[NoSync(), SyncAgain()])
     finally:
         torch.cuda.set_sync_debug_mode("default")

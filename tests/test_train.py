@@ -108,6 +108,17 @@ def test_folder_without_images(train, arguments, capsys, tmp_path):
     assert stopped.value.code == 2 and "no images" in capsys.readouterr().err
 
 
+def test_too_few_images(train, arguments, capsys, folder):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(**arguments | {"bs": 1000})
+    assert stopped.value.code == 2 and "--bs 1000: there are 80 images to train on" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        train.main(**arguments | {"path": str(folder / "0")})
+    assert stopped.value.code == 2 and "all images are of one class" in capsys.readouterr().err
+    train.main(**arguments | {"bs": 64})
+    assert "training steps: too few to time" in capsys.readouterr().out
+
+
 def test_options_are_understood_in_both_spellings(train):
     for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=bf16"]):
         spelled = " ".join(train.spell_options([*spelling, "--path", "a_b-c"]))

@@ -158,13 +158,13 @@ class Throughput(Callback):
             return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
         return time.perf_counter()
 
-    def images_per_second(self) -> float:
+    def images_per_second(self) -> float | None:
         if isinstance(self.started, float):
             seconds = sum(ended - started for started, ended in self.steps[1:])
         else:
             torch.cuda.synchronize()
             seconds = sum(started.elapsed_time(ended) for started, ended in self.steps[1:]) / 1000
-        return self.images / seconds if seconds else float("nan")
+        return self.images / seconds if seconds else None
 
 
 def main(
@@ -187,6 +187,10 @@ def main(
     folder = image_folder(path)
     set_seed(42)
     dls = new_dls(folder, size, bs, torch_device)
+    if dls.c < 2:
+        fail(f"--path {path}: all images are of one class; put each class into a folder of its own")
+    if not len(dls.train):
+        fail(f"--bs {bs}: there are {len(dls.train_ds)} images to train on, fewer than one batch")
     throughput = Throughput()
     learn = Learner(dls, new_model(arch, dls.c), metrics=accuracy, cbs=throughput)
     try:
@@ -197,7 +201,8 @@ def main(
     print(f"format: {learn.train_format} on {torch_device}")
     learn.fit_one_cycle(epochs, lr)
     print(f"accuracy: {learn.recorder.values[-1][2]:.4f}")
-    print(f"training steps: {throughput.images_per_second():,.0f} images/s")
+    speed = throughput.images_per_second()
+    print(f"training steps: {speed:,.0f} images/s" if speed else "training steps: too few to time")
 
 
 def spell_options(arguments: list[str]) -> list[str]:
