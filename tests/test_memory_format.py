@@ -158,7 +158,7 @@ class Sized(list):
         self.size = size
 
 
-def test_lists_of_all_kinds_keep_what_they_carry():
+def test_containers_of_all_kinds_keep_what_they_carry():
     image = torch.randn(2, 3, 4, 4)
     sized = to_memory_format(Sized([image], size=7))
     assert type(sized) is Sized and sized.size == 7 and is_channels_last(sized[0])
@@ -167,6 +167,8 @@ def test_lists_of_all_kinds_keep_what_they_carry():
     fastai_list = L(image, 3)
     assert is_channels_last(to_memory_format(fastai_list)[0]) and not is_channels_last(fastai_list[0])
     assert to_memory_format(UserString("text")) == "text"
+    nested = torch.nested.nested_tensor([torch.randn(3, 4, 4), torch.randn(3, 5, 5)])
+    assert to_memory_format(nested) is nested
 
 
 def test_read_only_mapping_is_taken():
@@ -279,6 +281,7 @@ def test_model_converted_in_inference_mode_can_still_be_trained():
     with torch.inference_mode():
         module_to_memory_format(model)
         optimizer_to_memory_format(optimizer)
+    assert not optimizer.state[model.weight]["momentum_buffer"].is_inference()
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer.step()
 

@@ -1,5 +1,6 @@
 "Mixed precision: which dtype a device gets, the GradScaler options, and autocast that is left as it was."
 
+import copy
 import inspect
 import sys
 import types
@@ -414,8 +415,7 @@ def test_interrupted_fit_leaves_no_scaled_gradients_behind(fp16_cpu, new_learner
 def test_interrupted_learner_can_be_exported(fp16_cpu, new_learner, tmp_path, event):
     learn = new_learner(linear, path=tmp_path, cbs=MixedPrecision("fp16"))
     with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, cbs=RaiseAt(event, KeyboardInterrupt(), 50))
-    del learn.logger
+        learn.fit(1, cbs=RaiseAt(event, KeyboardInterrupt(), -5))
     learn.logger = print
     learn.dls.new_empty = types.MethodType(lambda dls: new_dls(3, 8, 8), learn.dls)
     learn.export()
@@ -428,6 +428,19 @@ def test_fit_that_a_cancel_exception_ends_keeps_its_scaler_till_then(fp16_cpu, n
     watch = Callback(after_cancel_train=lambda cb: scalers.append(cb.learn.scaler))
     learn.fit(1, cbs=[RaiseAt("after_backward", CancelTrainException(), 50), watch])
     assert scalers[0] is not None
+
+
+def test_interrupt_leaves_no_weights_of_old_in_autocasts_cache(bf16_cpu, new_learner):
+    learn = new_learner(cbs=MixedPrecision("bf16"))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=RaiseAt("after_pred", KeyboardInterrupt(), 0))
+    with torch.no_grad():
+        for param in learn.model.parameters():
+            param += 1
+    x, _ = learn.dls.train[0]
+    fresh = copy.deepcopy(learn.model).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learn.model.eval()(x), fresh(x))
 
 
 def test_inner_validation_leaves_autocast_as_it_was(bf16_cpu, new_learner):
@@ -521,6 +534,19 @@ def test_newest_of_several_trains_alone(fp16_cpu, new_learner, cls):
         if cls is MixedPrecision:
             learn.fit(1, cbs=watch)
             assert scales[-1] == 4.0
+
+
+def test_older_one_trains_again_after_a_fit_with_a_newer_was_interrupted(bf16_cpu, new_learner):
+    spy = Spy()
+    learn = new_learner(cbs=[fastai_fp16.MixedPrecision("bf16"), MixedPrecision("bf16"), spy])
+    older = learn.cbs[-3], learn.cbs[-2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, cbs=[MixedPrecision("bf16"), RaiseAt("after_loss", KeyboardInterrupt(), 0)])
+        assert all(cb.run for cb in older)
+        learn.fit(1)
+    assert spy.dtype is torch.bfloat16
 
 
 def test_newest_of_several_decides(bf16_cpu, new_learner):
