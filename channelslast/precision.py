@@ -12,8 +12,6 @@ import torch
 from fastai.callback import fp16 as fastai_fp16
 from fastai.callback.core import (
     Callback,
-    CancelBackwardException,
-    CancelBatchException,
     CancelEpochException,
     CancelFitException,
     CancelStepException,
@@ -161,15 +159,8 @@ def check_scaler_options(
 
 # The callback
 
-_FIT_GOES_ON = (
-    CancelBackwardException,
-    CancelBatchException,
-    CancelEpochException,
-    CancelFitException,
-    CancelStepException,
-    CancelTrainException,
-    CancelValidException,
-)
+# What may leave a loop over batches while the fit goes on, or ends in order
+_FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException, CancelFitException)
 
 
 class AutocastState:
