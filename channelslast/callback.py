@@ -78,8 +78,9 @@ class TrainFormat:
 class ChannelsLast(fastai_channelslast.ChannelsLast):
     """Train in channels last: convert the model, its gradients and the optimizer state before a fit, and its inputs.
 
-    4D weights go to `torch.channels_last`, 5D ones to `torch.channels_last_3d`. Inputs of a rank follow where the model
-    has convolution weights of that rank.
+    The memory format alone: mixed precision is another callback, see `Learner.to_channelslast` for both. 4D weights go
+    to `torch.channels_last`, 5D ones to `torch.channels_last_3d`. Inputs of a rank follow where the model has
+    convolution weights of that rank.
     """
 
     # After the callbacks that make a batch (`CastToTensor` is the last), before `DistributedTrainer` wraps the model
@@ -181,10 +182,15 @@ def to_channelslast(
 ) -> Learner:
     """Train in channels last format and mixed precision, whatever the Learner held before.
 
-    Takes the options of `torch.amp.GradScaler`; those that a Learner has stay while its precision does. Raises, before
-    anything changes, `TypeError` for an unknown option and `ValueError` for an illegal value, an `amp_mode` that does
-    not exist or one that the device cannot do.
+    `use_amp=True` trains in mixed precision of `amp_mode`, which is 'fp16' unless told, 'fp16' or 'bf16'; a CPU without
+    float16 trains in bfloat16 then, with a warning. `use_amp=False` trains in float32. The other parameters are the
+    options of `torch.amp.GradScaler`, for float16; without any, a Learner that is in `amp_mode` keeps those it has.
+
+    Raises `TypeError` for an unknown parameter and `ValueError` for an illegal value, or for bfloat16 on a GPU that has
+    none. Nothing has changed then.
     """
+    if not isinstance(use_amp, bool):
+        raise ValueError(f"use_amp={use_amp!r}: pass True or False")
     mode = to_amp_mode(amp_mode).value
     return self.to_format(TrainFormat(True, mode if use_amp else None, _compile_mode(self.model)), **kwargs)
 
@@ -194,7 +200,10 @@ def to_contiguous(
     self: Learner,
     to_fp32: bool = False,  # also remove mixed precision, of every kind
 ) -> Learner:
-    "Put the model, its gradients and the optimizer state back in contiguous format, at once."
+    """Put the model, its gradients and the optimizer state back in contiguous format, at once.
+
+    Mixed precision stays as it is, unless `to_fp32=True`.
+    """
     if to_fp32:
         return self.to_format(TrainFormat(False, None, _compile_mode(self.model)))
     _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is

@@ -30,6 +30,13 @@ _CONV_NDIM = {nn.Conv2d: 4, nn.ConvTranspose2d: 4, nn.Conv3d: 5, nn.ConvTranspos
 UNRELIABLE_DEVICES = {"mps"}
 
 
+def _check(name: str, value: Any, cls: type) -> None:
+    "A memory format in the place of a bool would be taken for True."
+    if not isinstance(value, cls):
+        legal = "True or False" if cls is bool else f"a {cls.__name__}"
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")
+
+
 def get_memory_format(
     tensor: Tensor,  # of any rank
 ) -> torch.memory_format:
@@ -40,6 +47,7 @@ def get_memory_format(
     `torch.channels_last_3d` (5D), or `torch.contiguous_format` for everything else, tensors of other ranks and
     arbitrary strides included. The rule is that of `suggest_memory_format` in PyTorch's `c10/core/MemoryFormat.h`.
     """
+    _check("tensor", tensor, Tensor)
     order = _INNERMOST_FIRST.get(tensor.ndim)
     if order is None or tensor.layout != torch.strided or tensor.stride(1) == 0:
         return torch.contiguous_format
@@ -77,6 +85,7 @@ def to_memory_format(
     Tensors in that format already, tensors of other ranks and everything that is no tensor come back as they are,
     and so does a container in which nothing changed. Subclasses of `Tensor` keep their type and attributes.
     """
+    _check("channels_last", channels_last, bool)
     return _map_tensors(lambda tensor: _convert(tensor, channels_last) if tensor.ndim in ndims else tensor, batch)
 
 
@@ -198,6 +207,8 @@ def module_to_memory_format(
     share their memory still do. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
     models with 5D weights too, which go to `torch.channels_last_3d`.
     """
+    _check("module", module, nn.Module)
+    _check("channels_last", channels_last, bool)
     converted: dict[tuple, Tensor] = {}
     for tensor in _tensors(module):
         if tensor.ndim in CHANNELS_LAST:
@@ -225,6 +236,7 @@ def optimizer_to_memory_format(
     Concerns 4D and 5D state of its parameter's shape, as Adam's moments and SGD's momentum buffer. A fused or foreach
     kernel takes its slow path where state, gradient and parameter differ in strides. Returns `optimizer`.
     """
+    _check("optimizer.state", getattr(optimizer, "state", None), Mapping)
     for param, state in optimizer.state.items():
         if param.ndim in CHANNELS_LAST:
             for value in state.values():

@@ -125,7 +125,10 @@ def to_amp_mode(
         return AMPMode(amp_mode)
     except ValueError:
         legal = ", ".join(repr(mode.value) for mode in AMPMode)
-        raise ValueError(f"amp_mode={amp_mode!r} does not exist: pass one of {legal}") from None
+        float32 = "use_amp=False to `to_channelslast`, None to a TrainFormat"
+        raise ValueError(
+            f"amp_mode={amp_mode!r} does not exist: pass one of {legal}, or for float32 {float32}"
+        ) from None
 
 
 def _is_number(value: Any) -> bool:
@@ -151,7 +154,7 @@ def check_scaler_options(
     for name, value in options.items():
         if name not in _SCALER_OPTIONS:
             legal = ", ".join(_SCALER_OPTIONS)
-            raise TypeError(f"{name}={value!r} is not an option of GradScaler: those are {legal}")
+            raise TypeError(f"{name}={value!r} is no parameter here, and no option of GradScaler: those are {legal}")
         is_legal, description = _SCALER_OPTIONS[name]
         if not is_legal(value):
             raise ValueError(f"{name}={value!r} is not legal for GradScaler: pass {description}")

@@ -502,7 +502,12 @@ def test_signature_shows_every_option():
         (lambda learn: learn.to_channelslast(init_scale=-1), ValueError, "init_scale=-1.*above 0"),
         (lambda learn: learn.to_channelslast(amp_mode="fp8"), ValueError, "amp_mode='fp8'.*'fp16', 'bf16'"),
         (lambda learn: learn.to_channelslast(False, "fp8"), ValueError, "amp_mode='fp8'.*'fp16', 'bf16'"),
-        (lambda learn: learn.to_channelslast(amp_mode=None), ValueError, "amp_mode=None.*'fp16', 'bf16'"),
+        (
+            lambda learn: learn.to_channelslast(amp_mode=None),
+            ValueError,
+            "amp_mode=None.*'fp16', 'bf16'.*use_amp=False",
+        ),
+        (lambda learn: learn.to_channelslast(use_amp="no"), ValueError, "use_amp='no': pass True or False"),
         (lambda learn: learn.to_format("channels last"), TypeError, "fmt='channels last'.*TrainFormat"),
         (lambda learn: learn.to_format(None), TypeError, "fmt=None.*TrainFormat"),
     ],

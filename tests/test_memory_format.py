@@ -369,6 +369,24 @@ def test_optimizer_state_keeps_its_dtype():
     assert state["step"] == 3
 
 
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (
+            lambda: to_memory_format(torch.randn(2, 3, 4, 4), torch.contiguous_format),
+            "channels_last=torch.contiguous_format.*pass True or False",
+        ),
+        (lambda: module_to_memory_format(nn.Conv2d(3, 4, 3), torch.channels_last), "channels_last=torch.channels_last"),
+        (lambda: module_to_memory_format(torch.randn(3)), "module=tensor.*pass a Module"),
+        (lambda: optimizer_to_memory_format(nn.Conv2d(3, 4, 3)), "optimizer.state=None.*pass a Mapping"),
+        (lambda: get_memory_format("image"), "tensor='image' is a str: pass a Tensor"),
+    ],
+)
+def test_wrong_argument_is_a_type_error_that_names_it(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
+
+
 def test_devices_on_which_channels_last_is_right():
     assert supports_channels_last("cpu") and supports_channels_last(torch.device("cuda", 1))
     assert not supports_channels_last("mps")

@@ -190,7 +190,7 @@ def main(
     if dls.c < 2:
         fail(f"--path {path}: all images are of one class; put each class into a folder of its own")
     if not len(dls.train):
-        fail(f"--bs {bs}: there are {len(dls.train_ds)} images to train on, fewer than one batch")
+        fail(f"--bs {bs}: there are {len(dls.train_ds)} images to train on; pass a number up to that")
     throughput = Throughput()
     learn = Learner(dls, new_model(arch, dls.c), metrics=accuracy, cbs=throughput)
     try:
