@@ -30,13 +30,6 @@ _CONV_NDIM = {nn.Conv2d: 4, nn.ConvTranspose2d: 4, nn.Conv3d: 5, nn.ConvTranspos
 UNRELIABLE_DEVICES = {"mps"}
 
 
-def _check(name: str, value: Any, cls: type) -> None:
-    "A memory format in the place of a bool would be taken for True."
-    if not isinstance(value, cls):
-        legal = "True or False" if cls is bool else f"a {cls.__name__}"
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")
-
-
 def get_memory_format(
     tensor: Tensor,  # of any rank
 ) -> torch.memory_format:
@@ -59,6 +52,13 @@ def get_memory_format(
             return torch.contiguous_format
         smallest = stride * size if size > 1 else stride
     return CHANNELS_LAST[tensor.ndim]
+
+
+def _check(name: str, value: Any, cls: type) -> None:
+    "Raise a `TypeError` that names the argument. (A memory format in the place of a bool would be taken for True.)"
+    if not isinstance(value, cls):
+        legal = "True or False" if cls is bool else f"a {cls.__name__}"
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")
 
 
 def is_channels_last(

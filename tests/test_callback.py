@@ -214,12 +214,14 @@ def test_every_entry_into_the_loop_converts(new_learner, call):
     assert spy.formats == [True]
 
 
-def test_tied_weights_stay_tied(new_learner):
-    def tied():
-        model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        model[1].weight = model[0].weight
-        return model
+def tied():
+    "A model of two convolutions with one weight."
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[1].weight = model[0].weight
+    return model
 
+
+def test_tied_weights_stay_tied(new_learner):
     learn = new_learner(tied, cbs=ChannelsLast())
     learn.fit(1)
     assert learn.model[0].weight is learn.model[1].weight and is_channels_last(learn.model[0].weight)
@@ -803,11 +805,6 @@ def test_saved_file_of_a_wrapped_model_is_that_of_the_model(learn, tmp_path):
 
 
 def test_saved_file_keeps_tied_weights_once(new_learner, tmp_path):
-    def tied():
-        model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        model[1].weight = model[0].weight
-        return model
-
     learn = new_learner(tied, path=tmp_path).to_channelslast(use_amp=False)
     learn.fit(1)
     state = torch.load(learn.save("tied", with_opt=False))

@@ -14,12 +14,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def clean_copy(folder):
+    "The checkout as it would be cloned, below `folder`."
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
+    return shutil.copytree(ROOT, folder / "source", ignore=skip)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "The wheel of a clean copy of the checkout."
-    folder = tmp_path_factory.mktemp("checkout")
-    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
-    shutil.copytree(ROOT, folder / "source", ignore=skip)
+    folder = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
         "-m",
@@ -30,7 +34,7 @@ def wheel(tmp_path_factory):
         "--no-build-isolation",
         "-w",
         folder,
-        folder / "source",
+        clean_copy(folder),
     ]
     subprocess.run(command, check=True)
     (file,) = folder.glob("*.whl")
@@ -38,10 +42,8 @@ def wheel(tmp_path_factory):
 
 
 def test_source_distribution_can_be_built_from(tmp_path):
-    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path]
-    subprocess.run(command, cwd=tmp_path / "source", check=True)
+    subprocess.run(command, cwd=clean_copy(tmp_path), check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}

@@ -55,6 +55,14 @@ def linear():
 # Which dtype a device gets
 
 
+@pytest.fixture
+def unknown_devices():
+    "Devices are asked what they can do anew, in this test and after it."
+    accelerated_dtypes.cache_clear()
+    yield
+    accelerated_dtypes.cache_clear()
+
+
 @pytest.mark.parametrize(
     "features, expected",
     [
@@ -65,19 +73,16 @@ def linear():
     ],
     ids=str,
 )
-def test_cpu_accelerates_what_it_has_instructions_for(monkeypatch, features, expected):
+def test_cpu_accelerates_what_it_has_instructions_for(unknown_devices, monkeypatch, features, expected):
     monkeypatch.setattr(precision, "_cpu_features", lambda: features)
-    accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("cpu") == expected
-    accelerated_dtypes.cache_clear()
 
 
-def test_cpu_features_are_known_without_pytorch_telling(monkeypatch):
+def test_cpu_features_are_known_without_pytorch_telling(unknown_devices, monkeypatch):
     told = accelerated_dtypes("cpu")
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("cpu") == told
-    accelerated_dtypes.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -85,26 +90,20 @@ def test_cpu_features_are_known_without_pytorch_telling(monkeypatch):
     [((9, 0), (torch.float16, torch.bfloat16)), ((7, 5), (torch.float16,)), ((6, 1), ())],
     ids=str,
 )
-def test_gpu_accelerates_by_compute_capability(monkeypatch, capability, expected):
+def test_gpu_accelerates_by_compute_capability(unknown_devices, monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("cuda") == expected
-    accelerated_dtypes.cache_clear()
 
 
-def test_every_gpu_under_rocm_has_both(monkeypatch):
+def test_every_gpu_under_rocm_has_both(unknown_devices, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("cuda") == (torch.float16, torch.bfloat16)
-    accelerated_dtypes.cache_clear()
 
 
 @pytest.mark.parametrize("has_scaler, expected", [(True, (torch.float16, torch.bfloat16)), (False, ())])
-def test_mps_needs_a_pytorch_with_its_grad_scaler(monkeypatch, has_scaler, expected):
+def test_mps_needs_a_pytorch_with_its_grad_scaler(unknown_devices, monkeypatch, has_scaler, expected):
     monkeypatch.setattr(precision, "ismin_torch", lambda version: has_scaler)
-    accelerated_dtypes.cache_clear()
     assert accelerated_dtypes("mps") == expected
-    accelerated_dtypes.cache_clear()
 
 
 def test_training_device_is_the_one_that_fastai_trains_on(new_learner, monkeypatch):
