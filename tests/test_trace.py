@@ -1,0 +1,446 @@
+"What the tracer says of single operators and small models, against the strides that they really return."
+
+import operators
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from channelslast.memory_format import module_to_memory_format
+from channelslast.trace import FormatTracer
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Op(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def images(*shape, device="cpu"):
+    return torch.randn(*shape, device=device).to(memory_format=FORMATS[len(shape)])
+
+
+def trace(model, *inputs, channels_last=True):
+    "Trace a step whose loss has a gradient in channels last (or contiguous) format."
+    module_to_memory_format(model, channels_last)
+    with FormatTracer(model) as tracer:
+        output = model(*inputs)
+        memory_format = FORMATS.get(output.ndim) if channels_last else None
+        gradient = torch.randn_like(output, memory_format=memory_format or torch.contiguous_format)
+        loss = (output * gradient).sum()
+        tracer.own_loss(loss)
+        loss.backward()
+    return tracer
+
+
+def events(tracer, **wanted):
+    return [event for event in tracer.events if all(getattr(event, name) == value for name, value in wanted.items())]
+
+
+def losers(tracer):
+    return {layer.module: layer.loses_in for layer in tracer.layers.values() if layer.loses_in}
+
+
+def is_read_as_contiguous(tensor):
+    "Whether the next operator finds contiguous: it hands its operand's format on. Never of what is both at once."
+    result = tensor * 1
+    ambiguous = 0 in tensor.stride() or result.is_contiguous(memory_format=FORMATS[tensor.ndim])
+    return not ambiguous
+
+
+# Every operator: the verdict equals the strides
+
+
+CASES = [(4, name) for name in operators.OPERATORS] + [(5, name) for name in operators.OPERATORS_3D]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("ndim, name", CASES, ids=[f"{ndim}D {name}" for ndim, name in CASES])
+def test_verdict_on_an_operator_equals_the_strides_it_returns(ndim, name, device):
+    function = (operators.OPERATORS if ndim == 4 else operators.OPERATORS_3D)[name]
+    op = (function if isinstance(function, nn.Module) else Op(function)).to(device)
+    x = images(2, 8, 8, 8, device=device) if ndim == 4 else images(2, 8, 4, 8, 8, device=device)
+
+    leaf = x.clone().requires_grad_()
+    y = op(leaf)
+    gradient = torch.randn_like(y).to(memory_format=FORMATS[y.ndim])
+    (returned,) = torch.autograd.grad(y, leaf, gradient)
+    expected = []
+    if is_read_as_contiguous(y):
+        expected.append("forward")
+    takes_an_image = y.size(1) > 1 and max(y.shape[2:]) > 1
+    if takes_an_image and is_read_as_contiguous(returned):
+        expected.append("backward")
+
+    conv = nn.Conv2d(8, 8, 1) if ndim == 4 else nn.Conv3d(8, 8, 1)
+    tracer = trace(nn.Sequential(conv, op).to(device), x)
+    assert losers(tracer).get("1", ()) == tuple(expected)
+
+
+# Models
+
+
+def clean_model():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.GELU(),
+        nn.ConvTranspose2d(8, 16, 2, stride=2),
+        nn.Dropout(0.1),
+        nn.Conv2d(16, 4, 1),
+    )
+
+
+def test_model_of_channels_last_operators_reports_nothing_and_a_share_of_one():
+    tracer = trace(clean_model(), images(2, 3, 16, 16))
+    assert tracer.channels_last_share == 1.0
+    assert tracer.events == [] and losers(tracer) == {}
+    assert len(tracer.layers) == 9
+    assert all(layer.share("forward") == 1.0 for layer in tracer.layers.values())
+
+
+def test_contiguous_model_is_contiguous_throughout():
+    tracer = trace(clean_model(), torch.randn(2, 3, 16, 16), channels_last=False)
+    assert tracer.channels_last_share == 0.0
+    assert tracer.events == [] and losers(tracer) == {}
+    assert all(layer.share("forward") == 0.0 for layer in tracer.layers.values())
+
+
+def test_3d_model_of_channels_last_operators_is_clean():
+    model = nn.Sequential(
+        nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)
+    )
+    tracer = trace(model, images(2, 2, 4, 8, 8))
+    assert tracer.channels_last_share == 1.0 and tracer.events == []
+
+
+def test_loss_in_a_layer_is_named_with_what_it_costs_the_next():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3))
+    tracer = trace(model, images(2, 3, 8, 8))
+    assert losers(tracer) == {"1": ("forward", "backward")}
+    (lost,) = events(tracer, module="1", phase="forward")
+    assert (lost.cls, lost.op, lost.kind) == ("InstanceNorm2d", "aten.clone", "converted")
+    assert (lost.shape, lost.dtype, lost.count, lost.nbytes) == ((2, 8, 6, 6), torch.float32, 1, 2 * 8 * 6 * 6 * 4)
+    (relaid,) = events(tracer, module="2", phase="forward")
+    assert (relaid.op, relaid.kind, relaid.nbytes) == ("aten.convolution", "hidden", lost.nbytes)
+
+
+def test_copies_of_converted_events_are_those_really_made():
+    class Copies(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            source = args[1 if func is torch.ops.aten.copy_.default else 0] if args else None
+            result = func(*args, **(kwargs or {}))
+            is_copy = func.overloadpacket.__name__ in ("clone", "_to_copy", "copy_")
+            if is_copy and result.ndim == 4 and (source.stride(1) == 1) != (result.stride(1) == 1):
+                self.nbytes += result.nbytes
+            return result
+
+    class Thrashing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.norm = nn.InstanceNorm2d(8)
+            self.last = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x = self.conv(x).contiguous()
+            x = self.norm(x.to(memory_format=torch.channels_last))
+            return self.last(F.pad(x, (1, 1, 1, 1), mode="circular"))
+
+    model, x = Thrashing(), images(2, 3, 8, 8)
+    tracer = trace(model, x)
+    y = model(x)
+    gradient = torch.randn_like(y)
+    with Copies() as copies:
+        model(x).backward(gradient)
+    assert copies.nbytes > 0
+    assert sum(event.nbytes for event in events(tracer, kind="converted")) == copies.nbytes
+
+
+def test_contiguous_input_of_a_channels_last_convolution_is_hidden():
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8))
+    (event,) = events(tracer, phase="forward")
+    assert (event.module, event.kind, event.shape, event.nbytes) == ("0", "hidden", (2, 3, 8, 8), 2 * 3 * 8 * 8 * 4)
+
+
+def test_contiguous_weight_under_a_channels_last_input_is_hidden():
+    model = nn.Sequential(nn.ConvTranspose2d(8, 4, 3))
+    tracer = trace(model, images(2, 8, 8, 8), channels_last=False)
+    assert {event.shape for event in events(tracer, kind="hidden", phase="forward")} == {(8, 4, 3, 3)}
+
+
+def test_pointwise_operator_over_both_formats_is_mixed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Op(lambda x: x + x.contiguous()))
+    (event,) = events(trace(model, images(2, 3, 8, 8)), kind="mixed", phase="forward")
+    assert (event.module, event.op, event.shape) == ("1", "aten.add", (2, 8, 8, 8))
+
+
+def test_operators_of_a_count_are_one_event():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.norm = nn.InstanceNorm2d(8)
+
+        def forward(self, x):
+            return self.conv(self.norm(self.conv(self.norm(self.conv(x)))))
+
+    tracer = trace(Twice(), images(2, 8, 4, 4))
+    (event,) = events(tracer, module="norm", phase="forward")
+    assert (event.count, event.nbytes) == (2, 2 * (2 * 8 * 4 * 4 * 4))
+    assert losers(tracer) == {"norm": ("forward", "backward")}
+
+
+# Not fooled by
+
+
+@pytest.mark.parametrize(
+    "shape, layers",
+    [
+        ((2, 1, 8, 8), [nn.Conv2d(1, 1, 3), nn.Softmax(1), nn.Conv2d(1, 4, 1)]),
+        ((2, 8, 1, 1), [nn.Conv2d(8, 8, 1), nn.Softmax(1), nn.Conv2d(8, 4, 1)]),
+    ],
+    ids=["one channel", "1x1 pixels"],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_tensors_in_both_formats_at_once_are_no_losses(shape, layers, channels_last):
+    model = module_to_memory_format(nn.Sequential(*layers), channels_last)
+    with FormatTracer(model) as tracer:
+        output = model(images(*shape) if channels_last else torch.randn(shape))
+        output.backward(torch.randn_like(output))
+    assert tracer.events == []
+
+
+def test_global_average_and_its_expanded_gradient_are_no_loss():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    tracer = trace(model, images(2, 3, 8, 8))
+    assert losers(tracer) == {}
+    assert list(tracer.dense_gradients) == ["1"]  # what comes of it is told apart
+
+
+def test_views_and_slices_keep_the_format():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Op(lambda x: x[:, 2:6].detach()[:, :, 1:4].narrow(1, 0, 3)))
+    tracer = trace_forward(model, images(2, 3, 8, 8))
+    assert tracer.events == []
+
+
+def trace_forward(model, *inputs):
+    module_to_memory_format(model)
+    with FormatTracer(model) as tracer, torch.no_grad():
+        model(*inputs)
+    return tracer
+
+
+def test_flatten_before_a_head_loses_nothing_but_its_copy_is_told():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 2))
+    tracer = trace_forward(model, images(2, 3, 8, 8))
+    assert losers(tracer) == {} and tracer.channels_last_share == 1.0
+    (event,) = tracer.events
+    assert (event.module, event.kind, event.nbytes) == ("1", "converted", 2 * 8 * 36 * 4)
+
+
+class Attention(nn.Module):
+    "A transformer's block on images: (B, C, H, W) to tokens (B, N, C) and back."
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        query, key, value = self.qkv(tokens).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(tokens.shape)
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+
+def test_attention_on_tokens_keeps_the_format():
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), Attention(), nn.Conv2d(8, 4, 1)), images(2, 3, 4, 4))
+    assert losers(tracer) == {} and tracer.events == []
+    assert tracer.channels_last_share == 1.0
+
+
+def test_layers_on_channels_at_the_end_of_the_shape_are_no_losses():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.mlp = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.mlp(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.Conv2d(8, 4, 1)), images(2, 3, 8, 8))
+    assert tracer.events == [] and losers(tracer) == {} and tracer.channels_last_share == 1.0
+
+
+def test_result_that_is_no_image_is_no_loss():
+    gram = Op(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[:, None].expand(-1, 4, -1, -1) * 1.0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), gram)
+    assert losers(trace_forward(model, images(2, 3, 12, 12))) == {}
+
+
+def test_gradient_in_the_contiguous_format_of_its_input_is_no_loss():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
+    assert "2" not in losers(trace(model, images(2, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_segments_are_seen_again_in_the_backward_pass(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Softmax(1))
+
+        def forward(self, x):
+            return checkpoint(self.block, self.conv(x), use_reentrant=use_reentrant)
+
+    tracer = trace(Checkpointed(), images(2, 3, 8, 8))
+    (event,) = events(tracer, module="block.1", phase="forward")
+    assert event.count == 2  # once more, to compute the gradient
+    assert losers(tracer) == {"block.1": ("forward", "backward")}
+    assert {event.module for event in tracer.events} <= {"conv", "block.0", "block.1", "(loss)"}
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda x, y: (x, [y]), lambda x, y: {"out": x, "aux": {"deep": y}}], ids=["tuple", "dict"]
+)
+def test_nested_outputs(pack):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3)
+            self.heads = Op(lambda x: pack(x.softmax(1), x * 2))
+
+        def forward(self, x):
+            return self.heads(self.body(x))
+
+    model = module_to_memory_format(Two())
+    with FormatTracer(model) as tracer:
+        output = model(images(2, 3, 8, 8))
+        first = output["out"] if isinstance(output, dict) else output[0]
+        tracer.own_loss(first.sum())
+        (first * images(2, 8, 6, 6)).sum().backward()
+    assert losers(tracer) == {"heads": ("forward", "backward")}
+
+
+def test_operators_of_parallel_branches_belong_to_their_own():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.a_branch_with_a_long_name = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+            self.b = nn.GLU(1)
+            self.c = nn.Conv2d(4, 8, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            long = self.a_branch_with_a_long_name(x)
+            return self.c(self.b(x)) + long
+
+    tracer = trace(Branches(), images(2, 3, 8, 8))
+    assert losers(tracer) == {"b": ("backward",)}
+    (event,) = events(tracer, kind="lost")
+    assert (event.module, event.op, event.phase) == ("b", "aten.glu_backward", "backward")
+
+
+def test_functional_operators_belong_to_the_module_that_calls_them():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.conv(x).softmax(1))
+
+    tracer = trace(nn.Sequential(nn.Identity(), Block()), images(2, 3, 8, 8))
+    assert losers(tracer) == {"1": ("forward", "backward")}
+    assert {(event.op, event.phase) for event in events(tracer, module="1")} == {("aten._softmax", "forward")} | {
+        (event.op, "backward") for event in events(tracer, module="1", phase="backward")
+    }
+
+
+def test_inputs_that_need_gradients_have_theirs():
+    x = images(2, 8, 8, 8).requires_grad_()
+    tracer = trace(nn.Sequential(nn.Softmax(1)), x)
+    assert losers(tracer) == {"0": ("forward", "backward")}
+    assert x.grad is not None
+
+
+# Precision
+
+
+def test_casts_of_autocast_are_no_conversions():
+    with torch.autocast("cpu", torch.bfloat16):
+        tracer = trace(clean_model(), images(2, 3, 16, 16))
+    assert tracer.events == [] and tracer.channels_last_share == 1.0
+
+
+def test_channels_that_are_padded_in_half_precision_are_named():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose2d(16, 12, 2)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        tracer = trace(model, images(2, 3, 8, 8))
+    assert tracer.padded_convs == {"0": (3, 8), "3": (16, 12)}
+    assert trace(model, images(2, 3, 8, 8)).padded_convs == {}
+
+
+# Failures
+
+
+class Views(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_view_names_its_module_and_operator():
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), Views())))
+    tracer = FormatTracer(model)
+    with pytest.raises(RuntimeError, match="view size is not compatible") as raised, tracer:
+        model(images(2, 3, 8, 8))
+    assert tracer.error == ("1.1", "aten.view", raised.value)
+
+
+def test_hooks_are_gone_afterwards():
+    model, x = clean_model(), images(2, 3, 16, 16)
+    tracer = trace(model, x)
+    seen = len(tracer.layers), tracer.events, tracer.channels_last_share
+    model(x).sum().backward()
+    assert (len(tracer.layers), tracer.events, tracer.channels_last_share) == seen
+    assert not tracer._handles
+
+
+def test_exception_that_the_model_catches_is_no_confusion():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise ValueError("no")
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.fails = Fails()
+
+        def forward(self, x):
+            x = self.conv(x)
+            try:
+                return self.fails(x)
+            except ValueError:
+                return x.softmax(1)
+
+    assert losers(trace(nn.Sequential(Tries()), images(2, 3, 8, 8))) == {"0": ("forward", "backward")}
