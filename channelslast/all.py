@@ -3,3 +3,4 @@
 from channelslast.callback import *
 from channelslast.memory_format import *
 from channelslast.precision import *
+from channelslast.summary import *
