@@ -6,43 +6,30 @@
 Without `--path` it trains on scikit-learn's digits: 1,797 real scans of 8x8 pixels, which need no download.
 """
 
-import difflib
-import re
 import shutil
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import torchvision
 from fastai.callback import progress, schedule  # noqa: F401, the progress bar and `fit_one_cycle`
 from fastai.callback.core import Callback
 from fastai.data.external import fastai_path
 from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders, Normalize
-from fastai.vision.models import xresnet
-from fastcore.script import anno_parser, call_parse
+from fastcore.script import call_parse
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import nn
 
 from channelslast.callback import TrainFormat
-from channelslast.precision import accelerated_dtypes, training_device
-
-AMP_MODES = ("auto", "fp16", "bf16", "none")
-
-
-def fail(message: str) -> NoReturn:
-    print(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+from channelslast.cli import fail, new_model, spell_options, to_amp_mode, to_device
+from channelslast.precision import training_device
 
 
 def digits_folder() -> Path:
@@ -85,56 +72,6 @@ def new_dls(folder: Path, size: int, bs: int, device: torch.device) -> ImageData
         device=device,
         **split,
     )
-
-
-def model_names() -> dict[str, list[str]]:
-    "The architectures of each library, in the order in which a name is looked up."
-    names = {
-        "fastai": [name for name in xresnet.__all__ if re.match(r"x\w*res\w*\d", name)],
-        "torchvision": torchvision.models.list_models(module=torchvision.models),
-        "timm": [],
-    }
-    if find_spec("timm"):
-        import timm
-
-        names["timm"] = timm.list_models()
-    return names
-
-
-def new_model(arch: str, n_out: int) -> nn.Module:
-    "The architecture `arch` of fastai, torchvision or timm with `n_out` classes and fresh weights."
-    names = model_names()
-    if arch in names["fastai"]:
-        return getattr(xresnet, arch)(n_out=n_out)
-    if arch in names["torchvision"]:
-        one_output = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-        return torchvision.models.get_model(arch, weights=None, num_classes=n_out, **one_output)
-    if arch in names["timm"]:
-        import timm
-
-        return timm.create_model(arch, num_classes=n_out)
-    close = difflib.get_close_matches(arch, sorted({name for group in names.values() for name in group}), n=5)
-    hint = f"did you mean {', '.join(close)}?" if close else "try xresnet18, resnet50 or, with timm, convnext_tiny"
-    fail(f"--arch {arch}: no such model in fastai, torchvision or timm; {hint}")
-
-
-def to_device(device: str | None) -> torch.device:
-    try:
-        device = torch.device(device) if device else default_device()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    return device
-
-
-def to_amp_mode(amp_mode: str, device: torch.device) -> str | None:
-    "The precision asked for as `TrainFormat` names it; for 'auto' the one that the device is fastest at."
-    if amp_mode not in AMP_MODES:
-        fail(f"--amp_mode {amp_mode}: pass one of {', '.join(AMP_MODES)}")
-    if amp_mode == "auto":
-        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-        return next((names[dtype] for dtype in accelerated_dtypes(device)), None)
-    return None if amp_mode == "none" else amp_mode
 
 
 class Throughput(Callback):
@@ -192,7 +129,7 @@ def main(
     if not len(dls.train):
         fail(f"--bs {bs}: there are {len(dls.train_ds)} images to train on; pass a number up to that")
     throughput = Throughput()
-    learn = Learner(dls, new_model(arch, dls.c), metrics=accuracy, cbs=throughput)
+    learn = Learner(dls, new_model(arch, dls.c, kind="classification"), metrics=accuracy, cbs=throughput)
     try:
         learn.to_format(TrainFormat(channels_last=not contiguous, amp_mode=mode))
     except ValueError as error:
@@ -205,16 +142,6 @@ def main(
     print(f"training steps: {speed:,.0f} images/s" if speed else "training steps: too few to time")
 
 
-def spell_options(arguments: list[str]) -> list[str]:
-    "Options in the spelling of the installed fastcore, `--amp-mode` or `--amp_mode`: both are understood."
-    old, new = ("_", "-") if "--amp-mode" in anno_parser(main).format_help() else ("-", "_")
-    options = [re.fullmatch(r"--([\w-]+)(=.*)?", argument) for argument in arguments]
-    return [
-        f"--{option[1].replace(old, new)}{option[2] or ''}" if option else argument
-        for option, argument in zip(options, arguments, strict=True)
-    ]
-
-
 if __name__ == "__main__":
-    sys.argv[1:] = spell_options(sys.argv[1:])
+    sys.argv[1:] = spell_options(sys.argv[1:], main)
     call_parse(main)

@@ -1,0 +1,203 @@
+"The command `channelslast`: architectures of three libraries, its record, and what bad input gets."
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+from channelslast import cli
+from channelslast.cli import main, model_names, new_model, spell_options, to_amp_mode
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    "A function that runs the command with arguments; what it printed."
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["channelslast", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return command
+
+
+@pytest.fixture
+def fails(run, capsys):
+    "A function that runs the command with arguments it must refuse; the one line that it says."
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            run(*arguments)
+        captured = capsys.readouterr()
+        assert ended.value.code == 2 and captured.out == ""
+        (line,) = captured.err.splitlines()
+        return line
+
+    return command
+
+
+ARCHITECTURES = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "xresnet50": 64,
+    "DynamicUnet": 64,
+    "vgg16_bn": 32,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "mobilenetv3_large_100": 64,
+    "convnext_tiny": 64,
+    "regnety_032": 64,
+    "resnetv2_50x1_bit": 64,
+    "shufflenet_v2_x1_0": 64,
+    "vit_tiny_patch16_224": 224,
+    "swin_tiny_patch4_window7_224": 224,
+    "poolformer_s12": 64,
+    "ghostnet_100": 64,
+    "deeplabv3_resnet50": 64,
+    "r3d_18": 32,
+    "raft_small": 128,
+    "ssdlite320_mobilenet_v3_large": 64,
+    "inception_v3": 96,
+    "quantized_resnet18": 64,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch, size", ARCHITECTURES.items(), ids=ARCHITECTURES)
+def test_summary_of_an_architecture(run, arch, size):
+    printed = run("summary", "--arch", arch, "--size", size, "--bs", 2, "--device", "cpu")
+    assert "activations and gradients stay channels last" in printed
+
+
+def test_default_size_is_that_of_the_architecture():
+    sizes = {arch: cli.default_size(arch, torch.nn.Identity()) for arch in ("r3d_18", "resnet18")}
+    assert sizes == {"r3d_18": 112, "resnet18": 224}
+    timm_model = new_model("tf_efficientnet_b1")
+    assert cli.default_size("tf_efficientnet_b1", timm_model) == timm_model.pretrained_cfg["input_size"][-1] == 240
+
+
+def test_images_have_the_channels_that_timm_tells():
+    model = torch.nn.Identity()
+    model.pretrained_cfg = {"input_size": (1, 28, 28)}
+    (images,) = cli.synthetic_inputs("small", model, 2, 28, torch.device("cpu"))
+    assert images.shape == (2, 1, 28, 28)
+
+
+def test_record_holds_the_result_and_what_made_it(run, tmp_path):
+    file = tmp_path / "record.json"
+    arguments = ["summary", "--arch", "raft_small", "--bs", 2, "--size", 128, "--amp_mode", "none", "--device", "cpu"]
+    printed = run(*arguments, "--json", file)
+    record = json.loads(file.read_text())
+    assert record["command"] == f"channelslast {' '.join(map(str, arguments))} --json {file}"
+    assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
+    assert (record["arch"], record["bs"], record["size"], record["dtype"]) == ("raft_small", 2, 128, "fp32")
+    assert record["verdict"] in printed and record["gpu"] is None
+    assert set(record["losers"]) & {event["module"] for event in record["events"]}
+    assert 0 < record["channels_last_share"] < 1
+
+
+@pytest.mark.parametrize("option", ["--amp_mode", "--amp-mode"])
+@pytest.mark.parametrize("mode, dtype", [("bf16", "bf16"), ("none", "fp32"), ("auto", "bf16")])
+def test_precision_in_both_spellings_of_the_option(run, bf16_cpu, monkeypatch, option, mode, dtype):
+    monkeypatch.setattr(cli, "accelerated_dtypes", lambda device: (torch.bfloat16,))
+    printed = run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", option, mode)
+    assert f"{dtype} on cpu" in printed.splitlines()[0]
+
+
+def test_auto_is_what_the_device_is_fastest_at(monkeypatch):
+    for dtypes, mode in (((torch.bfloat16,), "bf16"), ((torch.float16, torch.bfloat16), "fp16"), ((), None)):
+        monkeypatch.setattr(cli, "accelerated_dtypes", lambda device, dtypes=dtypes: dtypes)
+        assert to_amp_mode("auto", torch.device("cpu")) == mode
+
+
+def test_options_are_understood_in_both_spellings():
+    def function(amp_mode: str = "auto", path: str = ""):
+        pass
+
+    for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=bf16"]):
+        spelled = " ".join(spell_options([*spelling, "--path", "a_b-c"], function))
+        assert spelled.split("mode")[0] == spell_options(["--amp-mode"], function)[0].split("mode")[0]
+        assert spelled.endswith("--path a_b-c")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            ["--arch", "resnet51a"],
+            "--arch resnet51a: no such model in fastai, torchvision or timm; did you mean resnet51q",
+        ),
+        (["--arch", "qqqqqqqq"], "try xresnet18, resnet50 or, with timm, convnext_tiny"),
+        ([], "--arch: pass the name of a fastai, torchvision or timm model"),
+        (["--arch", "resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
+        (["--arch", "resnet18", "--size", "-3"], "--size -3: pass a number above 0"),
+        (["--arch", "resnet18", "--device", "abacus"], "--device abacus: "),
+        (["--arch", "resnet18", "--amp_mode", "fp8"], "--amp_mode fp8: pass one of auto, fp16, bf16, none"),
+        (["--arch", "vit_b_16", "--size", "64"], "vit_b_16 rejects 8 images of 64 px: "),
+        (
+            ["--arch", "resnet18", "--size", "32", "--bs", "1"],
+            "resnet18 rejects 1 images of 32 px: Expected more than 1",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_pass(fails, arguments, said):
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    assert said in fails("summary", *arguments, *device)
+
+
+def test_json_that_cannot_be_written(run, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--json", tmp_path)
+    assert f"--json {tmp_path}: Is a directory" in capsys.readouterr().err
+
+
+def test_device_where_channels_last_is_not_reliable(fails, monkeypatch):
+    monkeypatch.setattr(cli, "supports_channels_last", lambda device: False)
+    assert "--device cpu: channels last is not reliable" in fails("summary", "--arch", "resnet18", "--device", "cpu")
+
+
+def test_unknown_command(fails):
+    assert fails("sumary") == "channelslast: error: sumary: no such command; pass one of summary"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(run, arguments):
+    assert "summary" in run(*arguments)
+
+
+def test_help_of_a_command_tells_its_options(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("summary", "--help")
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(option in printed for option in ("--arch", "--bs", "--size", "--device", "--json"))
+
+
+def test_command_is_installed():
+    code = "from importlib.metadata import entry_points as e; print(*e(group='console_scripts', name='channelslast'))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "channelslast.cli:main" in printed
+
+
+def test_classification_models_alone_for_the_training_script(capsys):
+    names = model_names("classification")
+    assert "resnet18" in names["torchvision"] and "deeplabv3_resnet50" not in names["torchvision"]
+    assert "DynamicUnet" not in names["fastai"]
+    with pytest.raises(SystemExit):
+        new_model("DynamicUnet", 3, kind="classification")
+    assert "no such classification model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["xresnet18", "squeezenet1_1", "resnet10t", "DynamicUnet", "googlenet"])
+def test_model_has_the_classes_asked_for(arch):
+    model = new_model(arch, 3, size=64)
+    assert model(torch.randn(2, 3, 64, 64)).shape[:2] == (2, 3)
+
+
+def test_every_architecture_of_torchvision_is_known_by_its_kind():
+    kinds = {cli._torchvision_kind(name) for name in torchvision.models.list_models()}
+    assert kinds == {"models", "segmentation", "detection", "video", "optical_flow", "quantization"}
+    assert cli._torchvision_kind("convnext_nano") == ""
