@@ -214,7 +214,6 @@ def summary(
     size = size or default_size(arch, model)
     model = module_to_memory_format(model.to(torch_device).train())
     inputs = to_memory_format(synthetic_inputs(arch, model, bs, size, torch_device))
-    torch.backends.cudnn.benchmark = torch_device.type == "cuda"
     with torch.autocast(torch_device.type, dtype=dtype, enabled=dtype is not None):
         try:
             result = format_summary(model, *inputs)

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
@@ -54,7 +55,13 @@ class _Hint:
 
 
 _HINTS = [
-    _Hint("native_group_norm", f"GroupNorm keeps channels last {_GROUP_NORM_ON_CUDA}", device="cuda", fixed_in="2.15"),
+    _Hint(
+        "native_group_norm|clone",
+        f"GroupNorm keeps channels last {_GROUP_NORM_ON_CUDA}",
+        cls="GroupNorm",
+        device="cuda",
+        fixed_in="2.15",
+    ),
     _Hint(
         "clone|native_batch_norm|cudnn_batch_norm",
         "InstanceNorm works in contiguous format; GroupNorm with as many groups as channels is the same function "
@@ -197,7 +204,9 @@ class FormatSummary:
         heaviest = sorted(modules.values(), key=lambda events: -sum(event.nbytes for event in events))
         rows = [[event, i == 0] for events in heaviest for i, event in enumerate(_heaviest_first(events))]
         width = max(20, *(len(f"{_bare(event.module)} {event.cls}") for event, _ in rows[:n_rows]))
-        head = f"{'Layer (type)':<{width}} {'Phase':<8} {'Operator':<30} {'Kind':<9} {'Shape':<22} {'n':>3} {'MB':>8}"
+        op_width = max(8, *(len(event.op.removeprefix("aten.")) for event, _ in rows[:n_rows]))
+        head = f"{'Layer (type)':<{width}} {'Phase':<8} {'Operator':<{op_width}} {'Kind':<9} "
+        head += f"{'Shape':<22} {'n':>3} {'MB':>8}"
         lines = ["=" * len(head), head, "=" * len(head)]
         for event, is_first in rows[:n_rows]:
             if is_first and len(lines) > 3:
@@ -206,7 +215,7 @@ class FormatSummary:
             shape = f"{_shape(event.shape)} {_DTYPES.get(event.dtype, '')}"
             op = event.op.removeprefix("aten.")
             lines.append(
-                f"{layer:<{width}} {event.phase:<8} {op:<30} {event.kind:<9} {shape:<22} {event.count:>3} "
+                f"{layer:<{width}} {event.phase:<8} {op:<{op_width}} {event.kind:<9} {shape:<22} {event.count:>3} "
                 f"{event.nbytes / 1e6:>8.2f}"
             )
         lines.append("=" * len(head))
@@ -255,6 +264,7 @@ class FormatSummary:
         ax.set(
             xlim=(-0.6, max(n, 1) - 0.4), ylim=(-0.25, 2.05), yticks=(0.4, 1.4), yticklabels=("← backward", "forward →")
         )
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("layers in the order of execution")
         ax.spines[["top", "right", "left"]].set_visible(False)
         names = {1.0: "channels last", 0.0: "contiguous", None: "nothing of 4D or 5D"}

@@ -103,6 +103,7 @@ class FormatTracer(TorchDispatchMode):
         self._param_shapes = {param.shape for param in model.parameters() if param.ndim in CHANNELS_LAST}
         self._images: set[torch.Size] = set()
         self._losses: dict[tuple[str, str], int] = {}  # {(module, phase): times it gave up channels last}
+        self._given_up: set[tuple[str, str]] = set()  # (module, phase) with an event that tells it
         self._kept: set[tuple[str, str]] = set()  # (module, phase) that hand on what they took in channels last
         self._ops: dict[tuple[str, str], str] = {}  # the last operator that wrote a tensor
         self._stack: list[_Call] = []
@@ -253,21 +254,25 @@ class FormatTracer(TorchDispatchMode):
                     self._handles.append(node.register_hook(compare(index)))
 
     def _check_backward(self, name: str, taken: list[str | None], grad: Tensor | None) -> None:
-        if grad is None or set(taken) - {None} != {"last"}:
+        if grad is None or layout(grad) is None:
+            return
+        layer = self._layer(name)
+        if layer.share("backward") is None:  # a view of something that was no image
+            layer.nbytes["backward", layout(grad)] = _nbytes(grad)
+        if set(taken) - {None} != {"last"}:
             return
         if layout(grad) == "last":
             self._kept.add((name, "backward"))
-        elif layout(grad) == "first" and not self._losses.get((name, "backward")):
+        elif not self._losses.get((name, "backward")):
             self._add_module_loss(name, "backward", [grad])
 
     def _add_module_loss(self, name: str, phase: str, tensors: list[Tensor]) -> None:
         "The last operator that wrote something is named for it."
         where = name, phase
-        for tensor in tensors:
+        for tensor in tensors if where not in self._given_up else []:
             self._add_event(where, self._ops.get(where, "aten.view"), "lost", tensor)
-        layer = self._layer(name)
-        if layer.share(phase) is None:
-            layer.nbytes[phase, "first"] = sum(map(_nbytes, tensors))
+        if self._layer(name).share(phase) is None:
+            self.layers[name].nbytes[phase, "first"] = sum(map(_nbytes, tensors))
         self._losses[where] = self._losses.get(where, 0) + 1
 
     # One operator
@@ -320,8 +325,11 @@ class FormatTracer(TorchDispatchMode):
             if (pointwise or not (in_place and operand is result)) and _memory(operand) not in self._blank
         ]
         where = self._where
+        saved: list[Tensor] = []
         if where[1] == "backward" and not (copies or pointwise or name == "cat"):
-            data = data[1:2] if name in _GRADIENT_SECOND else data[:1]  # the others were saved in the forward pass
+            if name in _GRADIENT_SECOND:
+                data = data[1::-1] + data[2:]
+            data, saved = data[:1], data[1:]
         taken = {layout(operand) for operand in data if _alike(result, [operand], reshaped=True)} - {None}
         given = layout(result)
         kind = None
@@ -337,7 +345,11 @@ class FormatTracer(TorchDispatchMode):
             self._add_event(where, op, kind, result)
         elif where[1] == "backward" and given == "first" and data and all(0 in operand.stride() for operand in data):
             self.dense_gradients.setdefault(where[0])
-        loses = kind in ("lost", "converted") and given == "first" and result.shape not in self._param_shapes
+        gives_up = kind in ("lost", "converted") and given == "first" and result.shape not in self._param_shapes
+        # a gradient in the contiguous format of what was saved in the forward pass is none of its own loss
+        loses = gives_up and "first" not in {layout(tensor) for tensor in saved if _alike(result, [tensor])}
+        if gives_up:
+            self._given_up.add(where)
         if loses:
             self._losses[where] = self._losses.get(where, 0) + 1
         counted = self._count(where, op, data, result)
