@@ -156,7 +156,7 @@ class FormatSummary:
             return ""
         worst = max(hidden, key=lambda event: event.nbytes)
         what = f"{_name(worst.module)} {worst.cls}"
-        return f" {what} re-lays an operand of {worst.nbytes / 1e6:.2f} MB in every {worst.phase} pass."
+        return f" {what} re-lays an operand of {worst.nbytes / 1e6:.2g} MB in every {worst.phase} pass."
 
     @property
     def hints(self) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast.memory_format import CHANNELS_LAST, is_channels_last
@@ -136,10 +135,11 @@ class FormatTracer(TorchDispatchMode):
     # Who is running
 
     def __enter__(self):
-        self._handles += [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        for module in self.model.modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._enter_module, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
+            ]
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -165,24 +165,22 @@ class FormatTracer(TorchDispatchMode):
             return self._backward_of, "backward"
         return OUTSIDE, "forward"
 
-    def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        name = self._names.get(id(module))
-        if name is None:
-            return
-        self._own_nodes(args, self._stack[-1].name if self._stack else None)
-        images = [tensor for tensor in tensors_in(args) if tensor.ndim in CHANNELS_LAST]
+    def _enter_module(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        name = self._names[id(module)]
+        self._own_nodes((args, kwargs), self._stack[-1].name if self._stack else None)
+        images = self._images_in((args, kwargs))
         if not self._stack:
             self._images.update(tensor.shape for tensor in images)
         else:
             self._stack[-1].has_children = True
         self._stack.append(_Call(name, images, sum(self._losses.values())))
 
-    def _leave_module(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if id(module) not in self._names or not self._stack:
+    def _leave_module(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not self._stack:  # a hook of the caller's own raised before it was entered
             return
         call = self._stack[-1]
         nodes = self._own_nodes(output, call.name)  # None where `forward` raised
-        results = [tensor for tensor in tensors_in(output) if tensor.ndim in CHANNELS_LAST]
+        results = self._images_in(output)
         self._check_forward(call, results)
         formats = set(map(layout, call.inputs)) - {None}
         if formats == {"last"} and not call.has_children:
@@ -190,6 +188,11 @@ class FormatTracer(TorchDispatchMode):
         elif formats == {"first"}:
             self._kept.add((call.name, "backward"))  # its gradient belongs in contiguous format
         self._stack.pop()
+
+    def _images_in(self, values: Any) -> list[Tensor]:
+        "The 4D and 5D tensors in `values` but for weights, which parametrizations take and return."
+        tensors = [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST]
+        return [tensor for tensor in tensors if tensor.shape not in self._param_shapes]
 
     def _own_nodes(self, values: Any, owner: str | None) -> list[Node]:
         "Say that the nodes of the graph behind `values` which belong to nobody yet are those of the module `owner`."

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -355,6 +356,27 @@ def test_operators_of_parallel_branches_belong_to_their_own():
     assert losers(tracer) == {"b": ("backward",)}
     (event,) = events(tracer, kind="lost")
     assert (event.module, event.op, event.phase) == ("b", "aten.glu_backward", "backward")
+
+
+def test_operators_before_a_module_that_is_called_by_keyword_are_not_its_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last(input=F.glu(self.conv(input=x), 1))
+
+    tracer = trace(nn.Sequential(Block()), images(2, 3, 8, 8))
+    assert losers(tracer) == {"0": ("backward",)}
+
+
+def test_weights_are_no_images():
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 8, 3))
+    tracer = trace(model, images(2, 3, 12, 12))
+    assert losers(tracer) == {} and tracer.channels_last_share == 1.0
+    assert events(tracer, module="0", kind="hidden")  # its weight comes in contiguous format, as is told
 
 
 def test_functional_operators_belong_to_the_module_that_calls_them():
