@@ -3,6 +3,7 @@
 import html
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -183,8 +184,8 @@ class FormatSummary:
         return pd.DataFrame([vars(event) for event in self.events], columns=columns)
 
     def __str__(self) -> str:
-        lines = [self._header(), self._table(), "", self.verdict, *self._notes()]
-        return "\n".join(line for line in lines if line is not None)
+        words = [textwrap.fill(text, 110, subsequent_indent="  ") for text in (self.verdict, *self._notes())]
+        return "\n".join([self._header(), *self._table(), "", *words])
 
     __repr__ = __str__
 
@@ -195,9 +196,9 @@ class FormatSummary:
         shapes = ", ".join(_shape(shape) for shape in self.shapes)
         return f"{self.model} (input shape: {shapes}), {self.dtype} on {self.device}"
 
-    def _table(self, n_rows: int = 40) -> str | None:
+    def _table(self, n_rows: int = 40) -> list[str]:
         if not self.events:
-            return None
+            return []
         modules: dict[str, list[FormatEvent]] = {}
         for event in self.events:
             modules.setdefault(event.module, []).append(event)
@@ -221,7 +222,7 @@ class FormatSummary:
         lines.append("=" * len(head))
         if len(rows) > n_rows:
             lines.append(f"{len(rows) - n_rows} lighter rows left out; `.to_frame()` has all")
-        return "\n".join(lines)
+        return lines
 
     def _notes(self) -> list[str]:
         lines = [f"Hint: {hint}." for hint in self.hints]
