@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from datetime import date
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fastai
 import torch
 import torchvision
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import default_device
 from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastcore.script import anno_parser
@@ -42,6 +43,10 @@ def fail(message: str) -> NoReturn:
 # Options
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def to_device(
     device: str | None,  # cpu, cuda, cuda:1, mps, ...; None: fastai's choice
 ) -> torch.device:
@@ -50,7 +55,7 @@ def to_device(
         device = torch.device(device) if device else default_device()
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
+        fail(f"--device {device}: {_first_line(error)}")
     return device
 
 
@@ -209,7 +214,6 @@ def summary(
         dtype = autocast_dtype(mode, torch_device)[0] if mode else None
     except ValueError as error:
         fail(str(error))
-    set_seed(42)
     model = new_model(arch, size=size or DEFAULT_SIZE)
     size = size or default_size(arch, model)
     model = module_to_memory_format(model.to(torch_device).train())
@@ -217,8 +221,8 @@ def summary(
     with torch.autocast(torch_device.type, dtype=dtype, enabled=dtype is not None):
         try:
             result = format_summary(model, *inputs)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            fail(f"{arch} rejects {bs} images of {size} px: {str(error).splitlines()[0]}")
+        except Exception as error:
+            fail(f"{arch} rejects {bs} images of {size} px: {_first_line(error)}")
     print(result)
     if json is not None:
         write_json(json, {"arch": arch, "bs": bs, "size": size, **_as_record(result)}, torch_device)
@@ -227,10 +231,12 @@ def summary(
 def _as_record(result: FormatSummary) -> dict[str, Any]:
     return {
         "dtype": result.dtype,
-        "channels_last_share": result.channels_last_share if result.layers else None,
+        "channels_last_share": None if isnan(result.channels_last_share) else result.channels_last_share,
         "verdict": result.verdict,
+        "error": result.error,
         "hints": result.hints,
         "padded_convs": result.padded_convs,
+        "dense_gradients": result.dense_gradients,
         "gpu": result.gpu and vars(result.gpu),
         "n_layers": len(result.layers),
         "losers": {layer.module: layer.loses_in for layer in result.losers},

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,38 +17,25 @@ from torch import Tensor, nn
 
 from channelslast.memory_format import has_lazy_parameters
 from channelslast.precision import AutocastState, training_device
-from channelslast.trace import tensors_in
 
-__all__ = ["unchanged_learner", "unchanged_module"]
+__all__ = ["unchanged_learner", "unchanged_modules", "unchanged_tensors"]
+
+# fastai's loggers that do not keep quiet for `learn.lr_finder`, as its others do
+_LOGGERS = ("fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune")
 
 
 @contextmanager
-def unchanged_module(
-    module: nn.Module,
+def unchanged_modules(
+    *modules: nn.Module,
 ) -> Iterator[None]:
-    """Put `module` and the random states back afterwards, also after an exception.
+    """Put `modules` and the random states back afterwards, also after an exception.
 
     Weights and buffers with their values, strides and device, gradients (none in between), `requires_grad`, training
-    mode, hooks and every attribute of its modules. Raises `ValueError` for lazy parameters, which have no way back.
+    mode, hooks and attributes, with the tensors, arrays and containers in them. Raises `ValueError` for lazy
+    parameters, which have no way back.
     """
-    if has_lazy_parameters(module):
-        raise ValueError("The model has lazy parameters, which get their shape for good: run one forward pass before")
-    tensors = list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())
-    attributes = _Attributes(module.modules())
-    values = _Values(tensors)
-    gradients = [(tensor, tensor.grad, tensor.requires_grad) for tensor in tensors if tensor.is_leaf]
-    states = get_random_states()
-    for tensor, _, _ in gradients:
-        tensor.grad = None
-    try:
+    with _unchanged(modules, []):
         yield
-    finally:
-        set_random_states(**states)
-        attributes.restore()
-        values.restore()
-        for tensor, grad, requires_grad in gradients:
-            tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
 
 
 @contextmanager
@@ -56,16 +44,16 @@ def unchanged_learner(
 ) -> Iterator[None]:
     """Put `learn` back afterwards, also after an exception.
 
-    Its model as `unchanged_module` does, optimizer, DataLoaders, autocast, random states, and its own attributes. Its
-    callbacks and metrics stay untouched, for copies take their place in between; trackers and loggers write nothing.
+    Its model and loss function as `unchanged_modules` does, optimizer, DataLoaders, autocast, random states, and its
+    own attributes. Its callbacks and metrics stay untouched, for copies take their place in between; trackers and
+    loggers write nothing. A data set that is a stream does not go back.
     """
-    optimizers = list(_optimizers(learn))
+    loss_func = getattr(learn.loss_func, "func", learn.loss_func)  # fastai's losses wrap PyTorch's
+    modules = [module for module in (learn.model, loss_func, learn.loss_func) if isinstance(module, nn.Module)]
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
-    attributes = _Attributes([learn, *optimizers, *loaders, *samplers])
-    values = _Values(_state_tensors(optimizers))
     autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
-    with unchanged_module(learn.model):
+    with _unchanged(modules, [learn, *_optimizers(learn), *loaders, *samplers]):
         try:
             _use_copied_callbacks(learn)
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
@@ -73,21 +61,55 @@ def unchanged_learner(
         finally:
             for state in autocast:
                 state.restore()
-            attributes.restore()
-            values.restore()
+
+
+@contextmanager
+def unchanged_tensors(
+    tensors: Iterable[Tensor],
+) -> Iterator[None]:
+    "Put memory, values, `requires_grad` and gradients of `tensors` back afterwards; in between they have no gradients."
+    tensors = list(tensors)
+    values, gradients = _Values(tensors), _Gradients(tensors)
+    try:
+        yield
+    finally:
+        values.restore()
+        gradients.restore()
+
+
+@contextmanager
+def _unchanged(modules: Iterable[nn.Module], others: Iterable[Any]) -> Iterator[None]:
+    if any(map(has_lazy_parameters, modules)):
+        raise ValueError("The model has lazy parameters, which get their shape for good: run one forward pass before")
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    attributes = _Attributes([*others, *(child for module in modules for child in module.modules())], tensors)
+    states = get_random_states()
+    gradients = _Gradients(tensors)
+    try:
+        yield
+    finally:
+        set_random_states(**states)
+        attributes.restore()
+        gradients.restore()
 
 
 class _Attributes:
-    "The attributes of objects, the contents of the containers in them, and the states of their random generators."
+    "The attributes of objects, with the containers, tensors, arrays and random generators in them."
 
-    def __init__(self, objects: Iterable[Any]):
+    def __init__(self, objects: Iterable[Any], tensors: Iterable[Tensor]):
         self.attributes = [(vars(obj), dict(vars(obj))) for obj in objects if hasattr(obj, "__dict__")]
         self.containers: dict[int, tuple[Any, Any]] = {}
+        self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.generators: list[tuple[Any, Any]] = []
+        tensors = list(tensors)
         todo = [value for _, saved in self.attributes for value in saved.values()]
         while todo:
             value = todo.pop()
-            if isinstance(value, random.Random):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif isinstance(value, np.ndarray):
+                self.arrays.append((value, value.copy()))
+            elif isinstance(value, random.Random):
                 self.generators.append((value.setstate, value.getstate()))
             elif isinstance(value, torch.Generator):
                 self.generators.append((value.set_state, value.get_state()))
@@ -96,9 +118,12 @@ class _Attributes:
                 self.generators.append((lambda state, bits=bits: setattr(bits, "state", state), bits.state))
             elif isinstance(value, L):
                 todo.append(value.items)
-            elif isinstance(value, (dict, list, set)) and id(value) not in self.containers:
+            elif isinstance(value, tuple):
+                todo += value
+            elif isinstance(value, (dict, list, set, deque)) and id(value) not in self.containers:
                 self.containers[id(value)] = value, copy.copy(value)
                 todo += value.values() if isinstance(value, dict) else value
+        self.values = _Values(tensors)
 
     def restore(self) -> None:
         for attributes, saved in self.attributes:
@@ -107,19 +132,23 @@ class _Attributes:
             attributes.update(saved)
         for container, saved in self.containers.values():
             container.clear()
-            if isinstance(container, list):
+            if isinstance(container, (list, deque)):
                 container.extend(saved)
             else:
                 container.update(saved)
+        for array, saved in self.arrays:
+            array[...] = saved
         for set_state, state in self.generators:
             set_state(state)
+        self.values.restore()
 
 
 class _Values:
     "Tensors with their memory and what is in it."
 
     def __init__(self, tensors: Iterable[Tensor]):
-        self.saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+        unique = {id(tensor): tensor for tensor in tensors}.values()
+        self.saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in unique]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -127,6 +156,21 @@ class _Values:
             if 0 not in data.stride():  # an expanded tensor cannot have been written to
                 data.copy_(values)
             tensor.data = data
+
+
+class _Gradients:
+    "The gradients of tensors, which it takes away, and whether they need any."
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        unique = {id(tensor): tensor for tensor in tensors if tensor.is_leaf}.values()
+        self.saved = [(tensor, tensor.grad, tensor.requires_grad) for tensor in unique]
+        for tensor, _, _ in self.saved:
+            tensor.grad = None
+
+    def restore(self) -> None:
+        for tensor, grad, requires_grad in self.saved:
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
 
 def _optimizers(learn: Learner) -> Iterator[Any]:
@@ -137,15 +181,6 @@ def _optimizers(learn: Learner) -> Iterator[Any]:
         opt = vars(opt).get("opt")
 
 
-def _state_tensors(optimizers: Iterable[Any]) -> list[Tensor]:
-    found = {}
-    for opt in optimizers:
-        slow_weights = [list(group) for group in vars(opt).get("slow_weights") or []]  # fastai's Lookahead
-        for tensor in tensors_in([list(opt.state.values()), slow_weights]):
-            found[id(tensor)] = tensor
-    return list(found.values())
-
-
 def _use_copied_callbacks(learn: Learner) -> None:
     "Replace the callbacks and metrics of `learn` by copies, the progress bar by none."
     opts = list(_optimizers(learn))
@@ -153,22 +188,25 @@ def _use_copied_callbacks(learn: Learner) -> None:
     shared += [*learn.model.modules(), *learn.model.parameters(), *learn.model.buffers()]
     memo = {id(obj): obj for obj in shared}
     learn.metrics = [_copy(metric, memo) for metric in learn.metrics]
-    cbs = [_copy(cb, memo) for cb in learn.cbs if not isinstance(cb, ProgressCallback)]
+    silent = [cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and type(cb).__module__ not in _LOGGERS]
+    cbs = [_copy(cb, memo) for cb in silent]
     learn.cbs = L(cbs)
     for cb in cbs:
         setattr(learn, cb.name, cb)
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    "A deep copy; where something inside cannot be copied, as an open file, a shallow one with its own containers."
+    "A deep copy; where an attribute cannot be copied, as an open file, the copy shares that one."
     tried = dict(memo)
     try:
         result = copy.deepcopy(value, tried)
     except Exception:
         result = copy.copy(value)
-        for name, item in vars(result).items():
-            if isinstance(item, (dict, list, set, L)):
-                vars(result)[name] = copy.copy(item)
         tried = {**memo, id(value): result}
+        for name, item in vars(value).items():
+            try:
+                vars(result)[name] = copy.deepcopy(item, tried)
+            except Exception:
+                continue
     memo.update(tried)
     return result

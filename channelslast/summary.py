@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 
 from channelslast.memory_format import _check
 from channelslast.precision import training_device
-from channelslast.restore import unchanged_learner, unchanged_module
+from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
 from channelslast.trace import OUTSIDE, FormatEvent, FormatTracer, LayerFormat, tensors_in
 
 __all__ = ["FormatSummary", "GpuShares", "format_summary"]
@@ -140,7 +140,7 @@ class FormatSummary:
         share, losers = self.channels_last_share, self.losers
         if not self.layers:
             return "No 4D or 5D activations: the memory format changes nothing about this model."
-        if share == 0:
+        if share == 0 and not losers:
             return "Contiguous throughout: no activation or gradient is channels last."
         words = f"{_percent(share)} of activations and gradients {'stay' if share > 0.5 else 'are'} channels last; "
         if not losers:
@@ -320,6 +320,7 @@ class _Observer:
         self.step = 0
         self.seconds: list[float] = []
         self.gpu: GpuShares | None = None
+        self.error: str | None = None
         self.tracer: FormatTracer | None = None
         self.running = ExitStack()  # the tracer, then the profiler: closed after each step, and if one fails
 
@@ -334,6 +335,7 @@ class _Observer:
             self.tracer = FormatTracer(model)
             self.running.enter_context(self.tracer)
         else:
+            model.zero_grad()  # else gradients would add up, which takes time
             torch.cuda.synchronize(self.device)
             if self.step == self.n_steps - 1:
                 profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
@@ -354,8 +356,11 @@ class _Observer:
         self.step += 1
 
     def stopped_by(self, error: RuntimeError) -> bool:
-        "Whether it was `.view` on channels last activations, which the summary tells."
-        return self.tracer is not None and self.tracer.error is not None and self.tracer.error[-1] is error
+        "Whether `error` is that of `.view` on channels last activations, which the summary then tells."
+        if self.tracer is None or not self.tracer.raised(error):
+            return False
+        self.error = _view_advice(*self.tracer.error, self.tracer.model)
+        return True
 
     def summary(self) -> FormatSummary:
         tracer = self.tracer
@@ -367,7 +372,7 @@ class _Observer:
             padded_convs=tracer.padded_convs,
             dense_gradients=[name for name in tracer.dense_gradients if name != OUTSIDE],
             gpu=self.gpu,
-            error=tracer.error and _view_advice(*tracer.error, tracer.model),
+            error=self.error,
             model=type(self.model).__name__,
             device=str(self.device),
             dtype=_DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch.")),
@@ -384,12 +389,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
 
 
-def _view_advice(name: str, op: str, error: RuntimeError, model: nn.Module) -> str:
+def _view_advice(name: str, op: str, message: str, model: nn.Module) -> str:
     where = "the code outside the model"
     modules = dict(model.named_modules())
     if name in modules:
         where = f"{_name(name)} {type(modules[name]).__name__}"
-    message = str(error).splitlines()[0].split(". Use ")[0]
+    message = message.split(". Use ")[0]
     return (
         f"The step stopped in {where}: `{op}` raises on channels last activations ({message}); write `.reshape` there "
         "in place of `.view`, or `torch.flatten`."
@@ -412,6 +417,8 @@ def _gpu_shares(
 
 
 def _use_profiler(profile: bool | None, device: torch.device) -> bool:
+    if device.type == "meta":
+        raise ValueError("The model is on the device 'meta', where nothing runs: move it to the one to train on")
     if profile is None:
         return device.type == "cuda"
     _check("profile", profile, bool)
@@ -436,33 +443,28 @@ def format_summary(
 
     Model and inputs are taken as they are: `module_to_memory_format` and `to_memory_format` convert them. Call it
     inside `torch.autocast` to see mixed precision. Without `loss_func` each output gets a gradient of ones in the
-    format of that output. Afterwards weights, buffers, gradients, mode and random states are as before.
+    format of that output. Afterwards inputs, weights, buffers, gradients, mode and random states are as before.
 
     Where the model calls `.view` on channels last activations the summary says so in `error`. Any other exception is
-    the model's own. Raises `TypeError` without inputs and `ValueError` for a model with lazy parameters.
+    the model's own. Raises `TypeError` without inputs, and `ValueError` for a model with lazy parameters or on the
+    device 'meta'.
     """
     _check("model", model, nn.Module)
     if not inputs:
         raise TypeError("format_summary(model) without inputs: pass what to call the model with, as a batch of images")
     tensors = tensors_in(inputs)
     observer = _Observer(_use_profiler(profile, _device(model, tensors)))
-    gradients = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
-    for tensor, _ in gradients:
-        tensor.grad = None
-    with unchanged_module(model), torch.inference_mode(False), torch.enable_grad(), _eager():
+    modules = [model, loss_func] if isinstance(loss_func, nn.Module) else [model]
+    unchanged = unchanged_modules(*modules), unchanged_tensors(tensors)
+    with unchanged[0], unchanged[1], torch.inference_mode(False), torch.enable_grad(), _eager(), observer.running:
         try:
             for _ in range(observer.n_steps):
-                model.zero_grad()
                 observer.begin(model, inputs)
                 _backward(observer, model(*inputs), loss_func)
                 observer.end()
         except RuntimeError as error:
             if not observer.stopped_by(error):
                 raise
-        finally:
-            observer.running.close()
-            for tensor, grad in gradients:
-                tensor.grad = grad
     return observer.summary()
 
 
@@ -480,7 +482,6 @@ class _ObservedSteps(Callback):
     "Repeat the first batch of a fit for an observer, without a step of the optimizer, and end the fit."
 
     order = float("inf")  # `before_batch` after the callbacks that make the batch
-    run_valid = False
 
     def __init__(self, observer: _Observer):
         self.observer = observer
@@ -489,7 +490,6 @@ class _ObservedSteps(Callback):
         self.learn.dl = [_first_batch(self.dl)] * self.observer.n_steps
 
     def before_batch(self):
-        self.model.zero_grad()
         self.observer.begin(get_model(self.model), self.xb)
 
     def before_backward(self):
@@ -524,13 +524,14 @@ def format_summary(  # noqa: F811, the method beside the function
     """Run one training step on a batch of the training data, and tell what each operator does to the memory format.
 
     The step is the Learner's own: its callbacks, precision and loss, forward and backward, without that of the
-    optimizer. Afterwards the Learner is as before, also when the step raises; trackers and loggers write nothing.
+    optimizer. Afterwards the Learner is as before, also when the step raises; trackers and loggers write nothing. (Data
+    that come as a stream, without a way back, go on one batch later.)
 
     Where the model calls `.view` on channels last activations the summary says so in `error`. Any other exception is
     the Learner's own.
     """
     observer = _Observer(_use_profiler(profile, training_device(self)))
-    with unchanged_learner(self), _eager():
+    with unchanged_learner(self), _eager(), observer.running:
         try:
             self.fit(1, cbs=_ObservedSteps(observer))
         except _Done:
@@ -538,8 +539,6 @@ def format_summary(  # noqa: F811, the method beside the function
         except RuntimeError as error:
             if not observer.stopped_by(error):
                 raise
-        finally:
-            observer.running.close()
     if observer.tracer is None:
         raise ValueError("A callback of the Learner cancelled the fit or its first batch: there was no step to trace")
     return observer.summary()

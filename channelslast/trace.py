@@ -1,13 +1,15 @@
 "Watch every operator of a training step, and what it does to the memory format. PyTorch only."
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 
 from channelslast.memory_format import CHANNELS_LAST, is_channels_last
 
@@ -33,6 +35,7 @@ _NEW = {
     "zeros_like",
 }
 _GRADIENT_SECOND = {"cudnn_batch_norm_backward", "miopen_batch_norm_backward"}  # among their operands
+_GROUPS = 8  # position among the arguments of `aten.convolution`
 _HALF = (torch.float16, torch.bfloat16)
 _VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
 
@@ -74,6 +77,14 @@ class LayerFormat:
         last, first = (self.nbytes.get((phase, name), 0) for name in ("last", "first"))
         return last / (last + first) if last + first else None
 
+    def loses(
+        self,
+        phase: str,
+    ) -> None:
+        "Say that it loses the format in `phase`."
+        if phase not in self.loses_in:
+            self.loses_in = (*self.loses_in, phase)
+
 
 class FormatTracer(TorchDispatchMode):
     """Record what each operator of `model` does to the memory format, while active as a context manager.
@@ -95,21 +106,22 @@ class FormatTracer(TorchDispatchMode):
         self.layers: dict[str, LayerFormat] = {}
         self.padded_convs: dict[str, tuple[int, int]] = {}  # channels in and out
         self.dense_gradients: dict[str, None] = {}  # modules that write out an expanded gradient, in contiguous format
-        self.error: tuple[str, str, RuntimeError] | None = None  # module, operator and what it raised on `.view`
+        self.error: tuple[str, str, str] | None = None  # module, operator and message of the last `.view` that raised
+        self._error_id = 0
         self._events: dict[tuple, list[int]] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
         self._param_shapes = {param.shape for param in model.parameters() if param.ndim in CHANNELS_LAST}
         self._images: set[torch.Size] = set()
-        self._losses: dict[tuple[str, str], int] = {}  # {(module, phase): times it gave up channels last}
-        self._given_up: set[tuple[str, str]] = set()  # (module, phase) with an event that tells it
-        self._kept: set[tuple[str, str]] = set()  # (module, phase) that hand on what they took in channels last
+        self._known: dict[tuple[Node, int], _Image] = {}  # what modules took and handed on, by its edge of the graph
+        self._owners: dict[Node, _Stretch | None] = {}
+        self._stretches: list[_Stretch] = []
+        self._calls: list[_Call] = []  # the modules that are running, the innermost last
+        self._lost: list[str] = []  # modules that lost the format in the forward pass
+        self._running_backward: _Stretch | None = None
+        self._is_backward = ModuleTracker()
         self._ops: dict[tuple[str, str], str] = {}  # the last operator that wrote a tensor
-        self._stack: list[_Call] = []
-        self._backward_of: str | None = None
-        self._owners: dict[Node, str | None] = {}
-        self._blank: set[int] = set()  # memory of tensors that nothing has been written to
-        self._last_copy = (0, (OUTSIDE, "forward"), False, 0)  # its memory, where, whether it loses, bytes counted
+        self._last_copy: _Copy | None = None
         self._handles: list[Any] = []
 
     # Results
@@ -117,223 +129,266 @@ class FormatTracer(TorchDispatchMode):
     @property
     def events(self) -> list[FormatEvent]:
         "In the order in which they first happened."
-        return [FormatEvent(*key, count, nbytes) for key, (count, nbytes) in self._events.items() if count]
+        return [FormatEvent(*key, count, nbytes) for key, (count, nbytes) in self._events.items()]
 
     @property
     def channels_last_share(self) -> float | None:
         "The share, by bytes, of 4D and 5D activations and gradients in channels last; None where there were none."
-        last, first = (
-            sum(
-                layer.nbytes.get((phase, name), 0)
-                for layer in self.layers.values()
-                for phase in ("forward", "backward")
-            )
-            for name in ("last", "first")
-        )
-        return last / (last + first) if last + first else None
+        total = {"last": 0, "first": 0}
+        for layer in self.layers.values():
+            for (_, given), nbytes in layer.nbytes.items():
+                total[given] += nbytes
+        return total["last"] / sum(total.values()) if sum(total.values()) else None
+
+    def raised(
+        self,
+        error: BaseException,
+    ) -> bool:
+        "Whether `error` is that of `self.error`."
+        return self.error is not None and self._error_id == id(error)
 
     # Who is running
 
     def __enter__(self):
-        for module in self.model.modules():
-            self._handles += [
-                module.register_forward_pre_hook(self._enter_module, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
-            ]
+        inside = {id(child) for module in self.model.modules() if _is_opaque(module) for child in module.modules()}
+        before, after = self._enter_module, self._leave_module
+        try:
+            for module in self.model.modules():
+                if id(module) not in inside:
+                    self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        except BaseException:
+            self._remove_hooks()
+            raise
         return super().__enter__()
 
-    def __exit__(self, *exception):
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._owners.clear()
-        self._finish()
-        return super().__exit__(*exception)
 
-    def _finish(self) -> None:
-        for (name, phase), count in self._losses.items():
-            layer = self.layers.get(name)
-            if count > 0 and layer and (name, phase) not in self._kept and phase not in layer.loses_in:
-                layer.loses_in = (*layer.loses_in, phase)
+    def __exit__(self, *exception):
+        self._remove_hooks()
+        for name in self._lost:
+            self._layer(name).loses("forward")
+        for stretch in self._stretches:
+            if stretch.loses_backward() and stretch.owner != OUTSIDE:
+                where = stretch.owner, "backward"
+                self._layer(stretch.owner).loses("backward")
+                for gradient in stretch.contiguous if not stretch.is_told else []:
+                    self._add_event(where, self._ops.get(where, ""), "lost", gradient)
+        self.layers = {
+            name: layer for name, layer in self.layers.items() if layer.loses_in or any(layer.nbytes.values())
+        }
+        for held in (self._known, self._owners, self._stretches, self._calls):
+            held.clear()
+        self._running_backward = self._last_copy = None
+        return super().__exit__(*exception)
 
     @property
     def _where(self) -> tuple[str, str]:
-        "The name of the module that is running, and the phase."
-        if self._stack:
-            return self._stack[-1].name, "forward"
-        if self._backward_of is not None:
-            return self._backward_of, "backward"
-        return OUTSIDE, "forward"
+        "The name of the module whose code is running, and the phase."
+        stretch = self._running
+        if isinstance(stretch, _Call):
+            return stretch.name, "forward"
+        return (stretch.owner, "backward") if stretch else (OUTSIDE, "forward")
+
+    @property
+    def _running(self) -> "_Call | _Stretch | None":
+        if self._calls:
+            return self._calls[-1]
+        return self._running_backward if self._is_backward.is_bw else None
 
     def _enter_module(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        name = self._names[id(module)]
-        self._own_nodes((args, kwargs), self._stack[-1].name if self._stack else None)
-        images = self._images_in((args, kwargs))
-        if not self._stack:
-            self._images.update(tensor.shape for tensor in images)
+        images = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim in CHANNELS_LAST]
+        if self._calls:
+            self._end_stretch(self._calls[-1], (args, kwargs), images)
+            self._calls[-1].has_children = True
         else:
-            self._stack[-1].has_children = True
-        self._stack.append(_Call(name, images, sum(self._losses.values())))
+            self._own_nodes((args, kwargs), None)
+            self._images.update(tensor.shape for tensor in images)
+        call = _Call(self._names[id(module)], self._remember(images), len(self._lost))
+        self._calls.append(call)
 
     def _leave_module(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self._stack:  # a hook of the caller's own raised before it was entered
+        if not self._calls:  # a hook of the caller's raised before ours
             return
-        call = self._stack[-1]
-        nodes = self._own_nodes(output, call.name)  # None where `forward` raised
-        results = self._images_in(output)
-        self._check_forward(call, results)
-        formats = set(map(layout, call.inputs)) - {None}
-        if formats == {"last"} and not call.has_children:
-            self._watch_backward(call, results, nodes)
-        elif formats == {"first"}:
-            self._kept.add((call.name, "backward"))  # its gradient belongs in contiguous format
-        self._stack.pop()
+        call = self._calls[-1]
+        images = [tensor for tensor in tensors_in(output) if tensor.ndim in CHANNELS_LAST]
+        self._end_stretch(call, output, images, is_last=True)
+        self._remember(images)
+        self._calls.pop()
+        if self._calls and not torch.is_grad_enabled():
+            self._calls[-1].is_blind = True
 
-    def _images_in(self, values: Any) -> list[Tensor]:
-        "The 4D and 5D tensors in `values` but for weights, which parametrizations take and return."
-        tensors = [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST]
-        return [tensor for tensor in tensors if tensor.shape not in self._param_shapes]
+    def _remember(self, images: list[Tensor]) -> list["_Image"]:
+        result = []
+        for tensor in images:
+            image = _Image(layout(tensor), tensor.shape, _memory(tensor))
+            result.append(image)
+            if tensor.grad_fn is not None:
+                self._known[tensor.grad_fn, tensor.output_nr] = image
+            elif tensor.requires_grad and torch.is_grad_enabled():
+                self._known[tuple(get_gradient_edge(tensor))[:2]] = image
+        return result
 
-    def _own_nodes(self, values: Any, owner: str | None) -> list[Node]:
-        "Say that the nodes of the graph behind `values` which belong to nobody yet are those of the module `owner`."
+    def _own_nodes(self, values: Any, stretch: "_Stretch | None") -> list[Node]:
+        "Say that the nodes of the graph behind `values` which belong to nobody yet are those of `stretch`."
         new = []
         todo = [tensor.grad_fn for tensor in tensors_in(values) if tensor.grad_fn is not None]
         while todo:
             node = todo.pop()
-            if node in self._owners or hasattr(node, "variable"):  # leaves have no operator of their own
+            if node in self._owners or node.name().endswith("AccumulateGrad"):
                 continue
-            self._owners[node] = owner
+            self._owners[node] = stretch
             new.append(node)
-            if owner is not None:
-                self._handles.append(node.register_prehook(lambda grads: self._enter_node(owner)))
+            if stretch is not None:
+                self._handles.append(node.register_prehook(lambda grads: self._enter_node(stretch)))
             todo += [following for following, _ in node.next_functions if following is not None]
         return new
+
+    def _enter_node(self, stretch: "_Stretch") -> None:
+        self._running_backward = stretch
 
     def own_loss(
         self,
         loss: Tensor,  # computed from what the model returned
     ) -> None:
         "Say that what `loss` was computed with, outside the model, is the loss function."
-        self._own_nodes(loss, OUTSIDE)
+        self._own_nodes(loss, _Stretch(OUTSIDE))
 
-    def _enter_node(self, owner: str) -> None:
-        self._backward_of = owner
+    # A stretch of code as a whole, what it took and what it handed on: a loss by way of 3D is that of no operator
 
-    # A module as a whole: what it took and what it handed on. Sees losses that no single operator shows, as through 3D.
-
-    def _check_forward(self, call: "_Call", results: list[Tensor]) -> None:
-        if set(map(layout, call.inputs)) - {None} != {"last"}:
-            return
-        memory = {_memory(tensor) for tensor in call.inputs}
-        new = [result for result in results if layout(result) and _memory(result) not in memory]
-        lost = [
-            result
-            for result in new
-            if layout(result) == "first" and (result.shape in self._images or _alike(result, call.inputs))
-        ]
-        if lost and sum(self._losses.values()) == call.losses:
-            self._add_module_loss(call.name, "forward", lost)
-        elif set(map(layout, new)) == {"last"} and not call.has_children:
-            self._kept.add((call.name, "forward"))
-
-    def _watch_backward(self, call: "_Call", results: list[Tensor], nodes: list[Node]) -> None:
-        "Compare the gradients that a module without children takes with those that it hands on."
-        taken: list[str | None] = []
+    def _end_stretch(self, call: "_Call", values: Any, images: list[Tensor], is_last: bool = False) -> None:
+        "The code of `call` hands `values` on, to a module inside it or, at last, to the module around it."
+        stretch = _Stretch(call.name)
+        nodes = self._own_nodes(values, stretch)
         own = set(nodes)
+        took = [
+            self._known[edge]
+            for node in nodes
+            for edge in node.next_functions
+            if edge[0] not in own and edge in self._known
+        ]
+        if is_last and not call.has_children:
+            took += call.inputs
+        made = [tensor for tensor in images if not own or tensor.grad_fn in own]
+        stretch.formats = set() if call.is_blind else {image.layout for image in took} - {None}
+        if self._loses(stretch.formats, took, made):
+            self._add_loss(call, stretch.formats, took, made)
+        elif call.losses and not (stretch.formats == {"last"} and "last" in set(map(layout, made))):
+            self._lost.append(call.name)
+        elif is_last and call.has_children and len(self._lost) == call.n_lost:
+            formats = {image.layout for image in call.inputs} - {None}
+            if self._loses(formats, call.inputs, images):
+                self._add_loss(call, formats, call.inputs, images)
+        if nodes:
+            self._watch_backward(stretch, made, nodes)
+        call.losses, call.is_told, call.is_blind = 0, False, False
 
-        def look_at(index: int):
-            return lambda grads: taken.append(layout(grads[index]) if grads[index] is not None else None)
+    def _loses(self, formats: set[str], took: list["_Image"], tensors: list[Tensor]) -> list[Tensor]:
+        "Those of `tensors` that are contiguous images made of channels last ones."
+        if formats != {"last"}:
+            return []
+        shapes, memory = [image.shape for image in took], {image.memory for image in took}
+        return [
+            tensor
+            for tensor in tensors
+            if layout(tensor) == "first"
+            and _memory(tensor) not in memory
+            and (tensor.shape in self._images or _alike(tensor.shape, shapes))
+        ]
 
-        def compare(index: int):
-            return lambda grads_in, grads_out: self._check_backward(call.name, taken, grads_in[index])
+    def _add_loss(self, call: "_Call", formats: set[str], took: list["_Image"], tensors: list[Tensor]) -> None:
+        self._lost.append(call.name)
+        where = call.name, "forward"
+        for tensor in self._loses(formats, took, tensors):
+            if not call.is_told:  # by an event of one of its operators; else the last one is named
+                self._add_event(where, self._ops.get(where, ""), "lost", tensor)
+            self._write_image(where, tensor)
 
-        for result in results:
-            if result.grad_fn in own:
-                self._handles.append(result.grad_fn.register_prehook(look_at(result.output_nr)))
-        inputs = {get_gradient_edge(tensor).node for tensor in call.inputs if tensor.requires_grad}
+    def _write_image(self, where: tuple[str, str], tensor: Tensor) -> None:
+        "Count `tensor` for a module none of whose operators wrote an image, but something else that is viewed as one."
+        name, phase = where
+        if where in self._ops and name != OUTSIDE and self._layer(name).share(phase) is None:
+            self.layers[name].nbytes[phase, layout(tensor)] = _nbytes(tensor)
+
+    def _watch_backward(self, stretch: "_Stretch", made: list[Tensor], nodes: list[Node]) -> None:
+        "Compare the gradients that a stretch takes with those that it hands on to what was channels last."
+        self._stretches.append(stretch)
+
+        def take(index: int):
+            return lambda grads: stretch.takes.add(layout(grads[index]) if grads[index] is not None else None)
+
+        def give(index: int, edge: tuple[Node, int]):
+            return lambda grads_in, grads_out: self._give_gradient(stretch, edge, grads_in[index])
+
+        for tensor in made:
+            if tensor.grad_fn is not None:
+                self._handles.append(tensor.grad_fn.register_prehook(take(tensor.output_nr)))
+        own = set(nodes)
         for node in nodes:
-            for index, (following, _) in enumerate(node.next_functions):
-                if following in inputs:
-                    self._handles.append(node.register_hook(compare(index)))
+            for index, edge in enumerate(node.next_functions):
+                if edge[0] not in own and edge in self._known and self._known[edge].layout == "last":
+                    self._handles.append(node.register_hook(give(index, edge)))
 
-    def _check_backward(self, name: str, taken: list[str | None], grad: Tensor | None) -> None:
+    def _give_gradient(self, stretch: "_Stretch", edge: tuple[Node, int], grad: Tensor | None) -> None:
         if grad is None or layout(grad) is None:
             return
-        layer = self._layer(name)
-        if layer.share("backward") is None:  # a view of something that was no image
-            layer.nbytes["backward", layout(grad)] = _nbytes(grad)
-        if set(taken) - {None} != {"last"}:
-            return
-        if layout(grad) == "last":
-            self._kept.add((name, "backward"))
-        elif not self._losses.get((name, "backward")):
-            self._add_module_loss(name, "backward", [grad])
-
-    def _add_module_loss(self, name: str, phase: str, tensors: list[Tensor]) -> None:
-        "The last operator that wrote something is named for it."
-        where = name, phase
-        for tensor in tensors if where not in self._given_up else []:
-            self._add_event(where, self._ops.get(where, "aten.view"), "lost", tensor)
-        if self._layer(name).share(phase) is None:
-            self.layers[name].nbytes[phase, "first"] = sum(map(_nbytes, tensors))
-        self._losses[where] = self._losses.get(where, 0) + 1
+        stretch.gives.setdefault(edge, set()).add(layout(grad))
+        if stretch.takes - {None}:
+            self._write_image((stretch.owner, "backward"), grad)
+        if layout(grad) == "first":
+            stretch.contiguous.append(torch.empty_like(grad, device="meta"))
 
     # One operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        last_copy, self._last_copy = self._last_copy, None
         try:
             result = func(*args, **kwargs)
         except RuntimeError as error:
             if _VIEW_ERROR in str(error):
-                self.error = self._where[0], str(func.overloadpacket), error
+                self.error = self._where[0], str(func.overloadpacket), str(error)
+                self._error_id = id(error)
             raise
         if any(tensor.ndim in CHANNELS_LAST for tensor in tensors_in(result)):
             self._look_at(func, args, kwargs, result)
+        elif last_copy and func.overloadpacket is torch.ops.aten._unsafe_view and args[0] is last_copy.result:
+            self._forget_flattened(last_copy)
         elif isinstance(result, Tensor) and _memory(result) not in map(_memory, tensors_in(args)):
             self._ops[self._where] = str(func.overloadpacket)
-        elif func.overloadpacket is torch.ops.aten._unsafe_view:
-            self._forget_flattened(args[0])
         return result
 
     def _look_at(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        op = str(func.overloadpacket)
-        name = op.rpartition(".")[2]
+        name = str(func.overloadpacket).rpartition(".")[2]
         operands = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim in CHANNELS_LAST]
         if name in _CONVOLUTIONS:
-            self._look_at_convolution(op, operands, result)
+            self._look_at_convolution(func, args, operands, result)
+            return
+        if name in _NEW:
             return
         memory = {_memory(tensor) for tensor in tensors_in((args, kwargs))}
         for tensor in tensors_in(result):
             if tensor.ndim not in CHANNELS_LAST:
                 continue
             in_place = any(tensor is operand for operand in operands)
-            if _memory(tensor) in memory and not in_place:
-                if name in _SLICES and operands[0].shape in self._images and _alike(tensor, operands[:1]):
-                    self._images.add(tensor.shape)
-            elif name in _NEW:
-                self._blank.add(_memory(tensor))
-            else:
-                self._look_at_result(func, op, operands, tensor, in_place)
-                self._blank.discard(_memory(tensor))
+            if in_place or _memory(tensor) not in memory:
+                self._look_at_result(func, name, operands, tensor, in_place)
+            elif name in _SLICES and operands[0].shape in self._images and _alike(tensor.shape, [operands[0].shape]):
+                self._images.add(tensor.shape)
 
-    def _look_at_result(self, func: Any, op: str, operands: list[Tensor], result: Tensor, in_place: bool) -> None:
-        name = op.rpartition(".")[2]
+    def _look_at_result(self, func: Any, name: str, operands: list[Tensor], result: Tensor, in_place: bool) -> None:
         copies = name in _COPIES
         pointwise = torch.Tag.pointwise in func.tags and not copies
-        data = [
-            operand
-            for operand in operands
-            # what is written over, and was not read, is no operand
-            if (pointwise or not (in_place and operand is result)) and _memory(operand) not in self._blank
-        ]
         where = self._where
-        saved: list[Tensor] = []
+        # what is written over, and was not read, is no operand
+        data = [operand for operand in operands if pointwise or not (in_place and operand is result)]
         if where[1] == "backward" and not (copies or pointwise or name == "cat"):
-            if name in _GRADIENT_SECOND:
-                data = data[1::-1] + data[2:]
-            data, saved = data[:1], data[1:]
-        taken = {layout(operand) for operand in data if _alike(result, [operand], reshaped=True)} - {None}
+            # the gradient; the others were saved in the forward pass
+            data = data[1:2] if name in _GRADIENT_SECOND else data[:1]
+        taken = {layout(operand) for operand in data if _alike(result.shape, [operand.shape], reshaped=True)} - {None}
         given = layout(result)
         kind = None
         if given is None or not taken:
@@ -344,47 +399,48 @@ class FormatTracer(TorchDispatchMode):
             kind = "mixed" if pointwise or name == "cat" else None
         elif taken == {"last"} and given == "first":
             kind = "lost"
+        op = str(func.overloadpacket)
         if kind:
             self._add_event(where, op, kind, result)
         elif where[1] == "backward" and given == "first" and data and all(0 in operand.stride() for operand in data):
             self.dense_gradients.setdefault(where[0])
-        gives_up = kind in ("lost", "converted") and given == "first" and result.shape not in self._param_shapes
-        # a gradient in the contiguous format of what was saved in the forward pass is none of its own loss
-        loses = gives_up and "first" not in {layout(tensor) for tensor in saved if _alike(result, [tensor])}
-        if gives_up:
-            self._given_up.add(where)
-        if loses:
-            self._losses[where] = self._losses.get(where, 0) + 1
+        loses = kind in ("lost", "converted") and given == "first" and result.shape not in self._param_shapes
+        running = self._running
+        if loses and running:
+            running.losses += 1
+            running.is_told = True
         counted = self._count(where, op, data, result)
         if copies:
-            self._last_copy = _memory(result), where, loses, counted
+            self._last_copy = _Copy(result, where, running if loses else None, counted)
 
-    def _look_at_convolution(self, op: str, operands: list[Tensor], result: Any) -> None:
+    def _look_at_convolution(self, func: Any, args: tuple, operands: list[Tensor], result: Any) -> None:
         """Find the operands that a convolution must re-lay inside its kernel, and those with channels to be padded.
 
         It works in channels last where its input or its weight is, and in contiguous else: the rule of
         `cudnn_conv_suggest_memory_format` and `mkldnn_conv_use_channels_last` in PyTorch's `ATen/native/ConvUtils.h`.
         """
-        backward = not isinstance(result, Tensor)
-        where = self._where
+        op, where = str(func.overloadpacket), self._where
+        is_forward = isinstance(result, Tensor)
         *grads, data, weight = operands
         works_in = "last" if is_channels_last(data) or is_channels_last(weight) else "first"
         for operand in operands:
             if layout(operand) not in (None, works_in):
                 self._add_event(where, op, "hidden", operand)
         self._images.update(tensor.shape for tensor in (*grads, data))
-        written = result[0] if backward else result  # the other gradients are the weight's and the bias's
+        written = result if is_forward else result[0]  # the other gradients are the weight's and the bias's
         if written is None:
             return
         self._images.add(written.shape)
-        if layout(grads[0] if backward else data) == "last" and layout(written) == "first":
+        if layout(data if is_forward else grads[0]) == "last" and layout(written) == "first":
             self._add_event(where, op, "lost", written)
-            self._losses[where] = self._losses.get(where, 0) + 1
+            if self._running:
+                self._running.losses += 1
+                self._running.is_told = True
         self._count(where, op, operands, written)
-        channels = data.size(1), written.size(1)
-        is_grouped = data.size(1) not in weight.shape[:2]
-        if not backward and data.dtype in _HALF and not is_grouped and any(number % 8 for number in channels):
-            self.padded_convs.setdefault(where[0], channels)
+        if is_forward and data.dtype in _HALF and args[_GROUPS] == 1 and where[0] != OUTSIDE:
+            channels = data.size(1), written.size(1)
+            if any(number % 8 for number in channels):
+                self.padded_convs.setdefault(where[0], channels)
 
     def _add_event(self, where: tuple[str, str], op: str, kind: str, tensor: Tensor) -> None:
         name, phase = where
@@ -397,7 +453,8 @@ class FormatTracer(TorchDispatchMode):
         "Add `result` to what its module wrote, if it is an image in one format; the bytes added."
         name, phase = where
         self._ops[where] = op
-        is_image = any(operand.shape in self._images and _alike(result, [operand], reshaped=True) for operand in data)
+        shapes = [operand.shape for operand in data if operand.shape in self._images]
+        is_image = _alike(result.shape, shapes, reshaped=True)
         given = layout(result)
         if is_image or (given == "last" and result.shape not in self._param_shapes):
             self._images.add(result.shape)
@@ -410,16 +467,26 @@ class FormatTracer(TorchDispatchMode):
     def _layer(self, name: str) -> LayerFormat:
         return self.layers.setdefault(name, LayerFormat(name, self._classes[name]))
 
-    def _forget_flattened(self, source: Tensor) -> None:
+    def _forget_flattened(self, last_copy: "_Copy") -> None:
         "The last copy was half of a reshape to something that is no image: it is none either, and loses nothing."
-        memory, where, loses, counted = self._last_copy
-        if memory != _memory(source):
-            return
-        if loses:
-            self._losses[where] -= 1
-        if counted:
-            name, phase = where
-            self.layers[name].nbytes[phase, layout(source)] -= counted
+        if last_copy.loses:
+            last_copy.loses.losses -= 1
+        if last_copy.counted:
+            name, phase = last_copy.where
+            self.layers[name].nbytes[phase, layout(last_copy.result)] -= last_copy.counted
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    "Whether the modules inside run as code of the module around them: a script takes no hooks, a weight is no image."
+    return isinstance(module, (torch.jit.ScriptModule, ParametrizationList))
+
+
+class _Image(NamedTuple):
+    "What is remembered of a 4D or 5D tensor."
+
+    layout: str | None
+    shape: torch.Size
+    memory: int
 
 
 @dataclass
@@ -427,9 +494,43 @@ class _Call:
     "A module that is running."
 
     name: str
-    inputs: list[Tensor]  # those of 4D and 5D
-    losses: int  # in the step so far, when it was entered
+    inputs: list[_Image]
+    n_lost: int  # losses in the step when it was entered
     has_children: bool = False
+    is_blind: bool = False  # a child ran without a graph, as in a checkpoint: who took what is not known
+    # since a child last ran:
+    losses: int = 0  # operators that gave up channels last
+    is_told: bool = False  # an event tells of one
+
+
+@dataclass(eq=False)
+class _Stretch:
+    "Code of one module that runs without another in between, as its nodes in the graph have it, in the backward pass."
+
+    owner: str
+    formats: set[str] = field(default_factory=set)  # of the images that it took in the forward pass
+    takes: set[str | None] = field(default_factory=set)  # layouts of the gradients
+    # of those that it hands on to what was channels last; they add up where there are several for one tensor
+    gives: dict[tuple[Node, int], set[str]] = field(default_factory=dict)
+    contiguous: list[Tensor] = field(default_factory=list)  # those that are, without their memory
+    losses: int = 0
+    is_told: bool = False
+
+    def loses_backward(self) -> bool:
+        takes = self.takes - {None}
+        if takes == {"last"} and self.gives:
+            return {"first"} in self.gives.values()
+        # what came in contiguous, or was made from contiguous images, is contiguous rightly
+        return self.losses > 0 and takes != {"first"} and self.formats != {"first"}
+
+
+class _Copy(NamedTuple):
+    "The last copy, which may be that of a reshape."
+
+    result: Tensor
+    where: tuple[str, str]
+    loses: _Call | _Stretch | None  # where its loss was counted
+    counted: int  # bytes that were
 
 
 def tensors_in(
@@ -447,8 +548,8 @@ def _iter_tensors(values: Any) -> Iterator[Tensor]:
             yield from _iter_tensors(value)
     elif isinstance(values, Mapping):
         yield from _iter_tensors(list(values.values()))
-    elif is_dataclass(values):
-        yield from _iter_tensors(list(vars(values).values()))
+    elif is_dataclass(values) and not isinstance(values, type):
+        yield from _iter_tensors([getattr(values, each.name) for each in fields(values)])
 
 
 def layout(
@@ -465,14 +566,14 @@ def layout(
     return "last" if is_channels_last(tensor) else "first"
 
 
-def _alike(result: Tensor, operands: Iterable[Tensor], reshaped: bool = False) -> bool:
-    "Whether `result` can be the image that one of `operands` was: the same channels, or the same pixels."
-    for operand in operands:
-        if operand.ndim != result.ndim:
+def _alike(shape: torch.Size, others: Iterable[torch.Size], reshaped: bool = False) -> bool:
+    "Whether an image of `shape` can come of one of the others: the same channels, or the same pixels."
+    for other in others:
+        if len(other) != len(shape):
             continue
-        if operand.size(1) == result.size(1) or operand.shape[2:] == result.shape[2:]:
+        if other[1] == shape[1] or other[2:] == shape[2:]:
             return True
-        if reshaped and operand.numel() == result.numel():  # as pixel shuffle trades channels for pixels
+        if reshaped and other.numel() == shape.numel():  # as pixel shuffle trades channels for pixels
             return True
     return False
 

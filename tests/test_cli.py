@@ -95,7 +95,8 @@ def test_record_holds_the_result_and_what_made_it(run, tmp_path):
     assert record["command"] == f"channelslast {' '.join(map(str, arguments))} --json {file}"
     assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
     assert (record["arch"], record["bs"], record["size"], record["dtype"]) == ("raft_small", 2, 128, "fp32")
-    assert record["verdict"] in " ".join(printed.split()) and record["gpu"] is None
+    assert record["verdict"] in " ".join(printed.split())
+    assert record["gpu"] is None and record["error"] is None and record["dense_gradients"] == []
     assert set(record["losers"]) & {event["module"] for event in record["events"]}
     assert 0 < record["channels_last_share"] < 1
 
@@ -147,6 +148,17 @@ def test_options_are_understood_in_both_spellings():
 def test_bad_input_is_one_line_that_says_what_to_pass(fails, arguments, said):
     device = [] if "--device" in arguments else ["--device", "cpu"]
     assert said in fails("summary", *arguments, *device)
+
+
+def test_model_that_says_nothing_about_what_it_rejects(fails, monkeypatch):
+    class Asserts(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    monkeypatch.setattr(cli, "new_model", lambda *args, **kwargs: Asserts())
+    assert "resnet18 rejects 8 images of 224 px: AssertionError" in fails(
+        "summary", "--arch", "resnet18", "--device", "cpu"
+    )
 
 
 def test_json_that_cannot_be_written(run, capsys, tmp_path):

@@ -1,6 +1,8 @@
 "A Learner or module as it was, every part of it, whatever happened to it in between."
 
 import random
+import threading
+from collections import deque
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from torch import nn
 from channelslast.callback import ChannelsLast
 from channelslast.memory_format import is_channels_last, module_to_memory_format
 from channelslast.precision import MixedPrecision
-from channelslast.restore import unchanged_learner, unchanged_module
+from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
 
 
 def tensors_of(model):
@@ -84,7 +86,7 @@ def test_module_is_as_before(channels_last, error):
     attributes = [set(vars(child)) for child in module.modules()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     try:
-        with unchanged_module(module):
+        with unchanged_modules(module):
             misuse(module)
             if error:
                 raise error
@@ -103,7 +105,7 @@ def test_gradients_are_none_in_between():
     module(torch.randn(4, 3, 8, 8)).sum().backward()
     grad = module[0].weight.grad
     values = grad.clone()
-    with unchanged_module(module):
+    with unchanged_modules(module):
         assert module[0].weight.grad is None
         module(torch.randn(4, 3, 8, 8)).sum().backward()
     assert module[0].weight.grad is grad and torch.equal(grad, values)
@@ -113,14 +115,14 @@ def test_tied_weights_and_expanded_buffers():
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     module[1].weight = module[0].weight
     module.register_buffer("expanded", torch.ones(1, 1).expand(4, 1))
-    with unchanged_module(module):
+    with unchanged_modules(module):
         module[0].weight.data.zero_()
     assert module[1].weight is module[0].weight and module[0].weight.abs().sum() > 0
     assert module.expanded.stride() == (0, 1)
 
 
 def test_lazy_parameters_are_an_error():
-    with pytest.raises(ValueError, match=r"lazy parameters.*forward pass"), unchanged_module(nn.LazyConv2d(3, 1)):
+    with pytest.raises(ValueError, match=r"lazy parameters.*forward pass"), unchanged_modules(nn.LazyConv2d(3, 1)):
         raise AssertionError("must not be reached")
 
 
@@ -178,14 +180,21 @@ class Remembers(Callback):
     "State of every kind, and something that cannot be copied."
 
     def __init__(self):
+        self.lock = threading.Lock()
         self.batches = []
         self.n = 0
         self.tensor = torch.zeros(2)
-        self.file = open(__file__)  # noqa: SIM115
+        self.nested = {"a": [0], "w": torch.zeros(1)}
 
     def after_batch(self):
         self.batches.append(self.n)
         self.n += 1
+        self.tensor += 1
+        self.nested["a"].append(self.n)
+        self.nested["w"] += 1
+
+    def state(self):
+        return list(self.batches), self.n, self.tensor.tolist(), list(self.nested["a"]), self.nested["w"].item()
 
 
 def test_callbacks_recorder_and_metrics_are_untouched(new_learner):
@@ -194,13 +203,7 @@ def test_callbacks_recorder_and_metrics_are_untouched(new_learner):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
     cbs, remembers, recorder, metrics = list(learn.cbs), learn.remembers, learn.recorder, list(learn.metrics)
-    seen = (
-        list(remembers.batches),
-        remembers.n,
-        list(recorder.losses),
-        list(recorder.values),
-        recorder.smooth_loss.value,
-    )
+    seen = remembers.state(), list(recorder.losses), list(recorder.values), recorder.smooth_loss.value
     loss_func, attributes = learn.loss_func, dict(vars(learn))
     with unchanged_learner(learn), learn.no_logging():
         assert not learn.cbs.argfirst(lambda cb: isinstance(cb, ProgressCallback))
@@ -208,11 +211,83 @@ def test_callbacks_recorder_and_metrics_are_untouched(new_learner):
         learn.add_cb(MixedPrecision("bf16"))
     assert list(learn.cbs) == cbs and learn.remembers is remembers and list(learn.metrics) == metrics
     assert all(cb.learn is learn for cb in learn.cbs)
-    now = remembers.batches, remembers.n, list(recorder.losses), list(recorder.values), recorder.smooth_loss.value
-    assert now == seen
+    assert seen == (remembers.state(), list(recorder.losses), list(recorder.values), recorder.smooth_loss.value)
     assert learn.loss_func is loss_func and vars(learn).keys() == attributes.keys()
     assert all(vars(learn)[name] is value for name, value in attributes.items())
     assert not any(module._forward_hooks for module in learn.model.modules())
+
+
+def test_copies_of_callbacks_share_the_model_the_optimizer_and_what_they_share_among_them(learn):
+    class Holds(Callback):
+        def __init__(self, model, shared):
+            self.layer, self.weights, self.shared = model[0], list(model.parameters()), shared
+
+    class HoldsToo(Holds):
+        pass
+
+    shared = [1]
+    learn.add_cbs([Holds(learn.model, shared), HoldsToo(learn.model, shared)])
+    learn.create_opt()
+    learn.holds.opt = learn.opt
+    with unchanged_learner(learn):
+        copy = learn.holds
+        assert copy.layer is learn.model[0] and copy.weights[0] is learn.model[0].weight and copy.opt is learn.opt
+        assert copy.shared is learn.holds_too.shared is not shared
+
+
+@pytest.mark.parametrize("module", ["fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune"])
+def test_loggers_that_never_keep_quiet_are_left_out(learn, module):
+    class Logs(Callback):
+        def before_fit(self):
+            raise AssertionError("must not be reached")
+
+    Logs.__module__ = module
+    learn.add_cb(Logs())
+    with unchanged_learner(learn):
+        learn.fit(1)
+    assert isinstance(learn.cbs[-1], Logs)
+
+
+def test_attributes_of_modules_of_every_kind():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tensor, self.array, self.deque = torch.zeros(1), np.zeros(1), deque([1], maxlen=5)
+            self.nested, self.generator = [(torch.zeros(1),)], np.random.default_rng(0)
+
+        def forward(self):
+            self.tensor += 1
+            self.array += 1
+            self.deque.append(2)
+            self.nested[0][0].add_(1)
+            return self.generator.random()
+
+        def state(self):
+            return self.tensor.item(), self.array.item(), list(self.deque), self.nested[0][0].item()
+
+    module = Remembering()
+    with unchanged_modules(module):
+        drawn = module()
+    assert module.state() == (0, 0, [1], 0) and module.generator.random() == drawn
+
+
+def test_weight_shared_by_model_and_loss_keeps_its_gradient():
+    module = nn.Linear(2, 2)
+    module.weight.grad = grad = torch.ones(2, 2)
+    with unchanged_modules(module, nn.Sequential(module)):
+        module(torch.ones(1, 2)).sum().backward()
+    assert module.weight.grad is grad
+
+
+def test_tensors_are_as_before():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    x.grad = grad = torch.ones_like(x)
+    values, strides = x.detach().clone(), x.stride()
+    with pytest.raises(KeyboardInterrupt), unchanged_tensors([x]):
+        assert x.grad is None
+        x.data = x.data.mul_(2).to(memory_format=torch.channels_last)
+        raise KeyboardInterrupt
+    assert torch.equal(x, values) and x.stride() == strides and x.grad is grad
 
 
 def test_savers_and_loggers_write_nothing(learn, tmp_path):
@@ -239,8 +314,11 @@ def shuffled_learner(loader):
         lambda items: FastaiDataLoader(items, bs=8, shuffle=True),
         lambda items: torch.utils.data.DataLoader(items, 8, shuffle=True),
         lambda items: torch.utils.data.DataLoader(items, 8, shuffle=True, generator=torch.Generator().manual_seed(3)),
+        lambda items: torch.utils.data.DataLoader(
+            items, 8, sampler=torch.utils.data.RandomSampler(items, generator=torch.Generator().manual_seed(3))
+        ),
     ],
-    ids=["fastai", "torch", "torch with a generator"],
+    ids=["fastai", "torch", "torch with a generator", "torch with a sampler"],
 )
 def test_data_come_in_the_order_they_would_have(loader):
     orders = []

@@ -84,10 +84,20 @@ def test_verdict_on_a_contiguous_model():
     assert summary.verdict.startswith("Contiguous throughout")
 
 
-def test_verdict_on_a_model_without_images():
-    summary = format_summary(nn.Linear(4, 2), torch.randn(3, 4))
+@pytest.mark.parametrize(
+    "model, shape", [(nn.Linear(4, 2), (3, 4)), (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), (2, 3, 8, 8))]
+)
+def test_verdict_on_a_model_without_images(model, shape):
+    x = torch.randn(shape)
+    summary = format_summary(model, x.to(memory_format=torch.channels_last) if x.ndim == 4 else x)
     assert np.isnan(summary.channels_last_share) and summary.layers == []
     assert "No 4D or 5D activations" in summary.verdict
+
+
+def test_verdict_on_a_contiguous_model_whose_first_layer_loses_a_channels_last_input(images):
+    summary = format_summary(nn.Sequential(nn.Softmax(1), nn.ReLU(), nn.AvgPool2d(2)), images)
+    assert summary.channels_last_share == 0.0
+    assert "0.0% of activations" in summary.verdict and "`0` Softmax (forward)" in summary.verdict
 
 
 def test_verdict_names_the_convolution_that_re_lays_its_input():
@@ -103,9 +113,9 @@ def test_many_losers_are_cut_short_in_the_verdict(images):
 
 def test_5d_model():
     x = torch.randn(2, 2, 4, 4, 4).to(memory_format=torch.channels_last_3d)
-    model = nn.Sequential(nn.Conv3d(2, 8, 1), nn.AdaptiveAvgPool3d(2), nn.Conv3d(8, 2, 1))
+    model = nn.Sequential(nn.BatchNorm3d(2), nn.AdaptiveAvgPool3d(2), nn.BatchNorm3d(2))
     summary = format_summary(module_to_memory_format(model), x)
-    assert {layer.module: layer.loses_in for layer in summary.losers} == {"1": ("forward", "backward")}
+    assert {layer.module: layer.loses_in for layer in summary.losers} == {"1": ("forward",)}
 
 
 def test_channels_to_be_padded_are_named(images):
@@ -300,6 +310,26 @@ def test_gradients_are_computed_whatever_mode_the_caller_is_in(images):
     assert any(layer.share("backward") == 1.0 for layer in summary.layers)
 
 
+def test_gradients_are_computed_inside_inference_mode_too():
+    x, model = torch.randn(2, 3, 8, 8), clean_model()
+    with torch.inference_mode():
+        summary = format_summary(model, x)
+    assert any(layer.share("backward") == 0.0 for layer in summary.layers)
+
+
+def test_wrapper_of_a_model_is_looked_through(new_learner):
+    learn = new_learner(thrashing_model).to_channelslast(use_amp=False)
+    losers = [layer.module for layer in learn.format_summary().losers]
+    learn.model = nn.DataParallel(learn.model)
+    assert losers and [layer.module for layer in learn.format_summary().losers] == losers
+
+
+def test_average_in_the_loss_is_no_hint_about_the_model(images):
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    summary = format_summary(model, images, loss_func=lambda y: y.mean((2, 3)).square().sum())
+    assert summary.dense_gradients == []
+
+
 # No trace is left
 
 
@@ -404,6 +434,43 @@ def test_inputs_keep_their_gradients(images):
     assert images.grad is grad and (grad == 1).all()
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)), nn.LazyConv2d(3, 1)])
+def test_inputs_are_as_before_with_a_model_that_overwrites_them_or_cannot_run(images, model):
+    values, images.grad = images.clone(), torch.ones_like(images)
+    grad = images.grad
+    try:
+        format_summary(model, images)
+    except ValueError:
+        assert isinstance(model, nn.LazyConv2d)
+    assert torch.equal(images, values) and images.grad is grad
+
+
+class NormalizedSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, pred, target=None):
+        return self.norm(pred).square().sum()
+
+
+def state_of_module(module):
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor.detach().clone() for tensor in tensors], [param.grad for param in module.parameters()]
+
+
+@pytest.mark.parametrize("of_learner", [False, True])
+def test_loss_function_that_is_a_module_is_untouched(images, new_learner, of_learner):
+    loss_func = NormalizedSum()
+    values, grads = state_of_module(loss_func)
+    if of_learner:
+        new_learner(clean_model, loss_func=loss_func, metrics=None).format_summary()
+    else:
+        format_summary(clean_model(), images, loss_func=loss_func)
+    values_now, grads_now = state_of_module(loss_func)
+    assert all(torch.equal(*pair) for pair in zip(values, values_now)) and grads == grads_now == [None, None]
+
+
 # A model that calls `.view` on its activations
 
 
@@ -428,6 +495,30 @@ def test_view_in_a_learner(new_learner):
     assert_unchanged(before, learn)
 
 
+def test_view_that_the_model_catches_is_no_error(images):
+    class Tries(nn.Module):
+        def forward(self, x):
+            try:
+                return x.view(len(x), -1)
+            except RuntimeError:
+                return x.reshape(len(x), -1)
+
+    summary = format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries())), images)
+    assert summary.error is None and "none of 2 layers loses it" in summary.verdict
+
+
+def test_other_error_after_a_view_that_the_model_catches_is_raised(images):
+    class Tries(nn.Module):
+        def forward(self, x):
+            try:
+                return x.view(len(x), -1)
+            except RuntimeError:
+                raise RuntimeError("mine") from None
+
+    with pytest.raises(RuntimeError, match="mine"):
+        format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries())), images)
+
+
 # Bad input
 
 
@@ -449,6 +540,11 @@ def test_profile_that_cannot_be_is_an_error(learn, images, profile, error):
     ):
         with pytest.raises(error, match=f"profile={profile!r}"):
             call()
+
+
+def test_device_that_runs_nothing():
+    with pytest.raises(ValueError, match="device 'meta', where nothing runs"):
+        format_summary(TinyNet().to("meta"), torch.randn(2, 3, 8, 8, device="meta"))
 
 
 def test_batch_that_the_model_rejects_is_its_own_error():

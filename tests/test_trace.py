@@ -1,5 +1,8 @@
 "What the tracer says of single operators and small models, against the strides that they really return."
 
+import weakref
+from dataclasses import dataclass
+
 import operators
 import pytest
 import torch
@@ -16,12 +19,27 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Op(nn.Module):
-    def __init__(self, function):
+    "A function as a module; with children, so that its code is that of a module around others."
+
+    def __init__(self, function, **children):
         super().__init__()
         self.function = function
+        for name, child in children.items():
+            self.add_module(name, child)
 
     def forward(self, *args):
         return self.function(*args)
+
+
+class Scale(nn.Module):
+    "Keeps any format, and needs a gradient."
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x * self.scale
 
 
 def images(*shape, device="cpu"):
@@ -80,9 +98,14 @@ def test_verdict_on_an_operator_equals_the_strides_it_returns(ndim, name, device
     if takes_an_image and is_read_as_contiguous(returned):
         expected.append("backward")
 
-    conv = nn.Conv2d(8, 8, 1) if ndim == 4 else nn.Conv3d(8, 8, 1)
-    tracer = trace(nn.Sequential(conv, op).to(device), x)
+    tracer = trace(nn.Sequential(Scale(), op).to(device), x)
     assert losers(tracer).get("1", ()) == tuple(expected)
+
+    if not isinstance(function, nn.Module):  # the same code between two modules inside its own
+        before, after = Scale(), Scale()
+        block = Op(lambda x: after(function(before(x))), before=before, after=after)
+        tracer = trace(nn.Sequential(block).to(device), x)
+        assert losers(tracer).get("0", ()) == tuple(expected)
 
 
 # Models
@@ -118,10 +141,7 @@ def test_contiguous_model_is_contiguous_throughout():
 
 
 def test_3d_model_of_channels_last_operators_is_clean():
-    model = nn.Sequential(
-        nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)
-    )
-    tracer = trace(model, images(2, 2, 4, 8, 8))
+    tracer = trace(nn.Sequential(Scale(), nn.BatchNorm3d(2), nn.ReLU(), nn.MaxPool3d(2)), images(2, 2, 4, 8, 8))
     assert tracer.channels_last_share == 1.0 and tracer.events == []
 
 
@@ -186,6 +206,30 @@ def test_pointwise_operator_over_both_formats_is_mixed():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Op(lambda x: x + x.contiguous()))
     (event,) = events(trace(model, images(2, 3, 8, 8)), kind="mixed", phase="forward")
     assert (event.module, event.op, event.shape) == ("1", "aten.add", (2, 8, 8, 8))
+
+
+def test_cat_over_both_formats_is_mixed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Op(lambda x: torch.cat([x, x.contiguous()], 1)))
+    (event,) = events(trace(model, images(2, 3, 8, 8)), module="1", kind="mixed")
+    assert (event.phase, event.op, event.shape) == ("forward", "aten.cat", (2, 16, 8, 8))
+
+
+def test_one_loss_is_one_event():
+    tracer = trace(nn.Sequential(Scale(), nn.Softmax(1)), images(2, 8, 8, 8))
+    assert [(event.phase, event.kind, event.count) for event in events(tracer, module="1")] == [
+        ("forward", "lost", 1),
+        ("backward", "lost", 1),
+    ]
+
+
+def test_numbers_that_are_no_activations_do_not_count():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Op(lambda x: x * (x > 0).contiguous()))
+    assert trace_forward(model, images(2, 3, 8, 8)).channels_last_share == 1.0
+
+
+def test_empty_batch_is_in_no_format():
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Softmax(1)), images(0, 3, 8, 8))
+    assert tracer.channels_last_share is None and losers(tracer) == {}
 
 
 def test_operators_of_a_count_are_one_event():
@@ -316,8 +360,16 @@ def test_checkpointed_segments_are_seen_again_in_the_backward_pass(use_reentrant
     assert {event.module for event in tracer.events} <= {"conv", "block.0", "block.1", "(loss)"}
 
 
+@dataclass(slots=True)
+class Outputs:
+    out: torch.Tensor
+    aux: torch.Tensor
+
+
 @pytest.mark.parametrize(
-    "pack", [lambda x, y: (x, [y]), lambda x, y: {"out": x, "aux": {"deep": y}}], ids=["tuple", "dict"]
+    "pack",
+    [lambda x, y: (x, [y]), lambda x, y: {"out": x, "aux": {"deep": y}}, Outputs],
+    ids=["tuple", "dict", "dataclass"],
 )
 def test_nested_outputs(pack):
     class Two(nn.Module):
@@ -332,10 +384,99 @@ def test_nested_outputs(pack):
     model = module_to_memory_format(Two())
     with FormatTracer(model) as tracer:
         output = model(images(2, 3, 8, 8))
-        first = output["out"] if isinstance(output, dict) else output[0]
+        first = output.out if isinstance(output, Outputs) else output["out"] if isinstance(output, dict) else output[0]
         tracer.own_loss(first.sum())
         (first * images(2, 8, 6, 6)).sum().backward()
     assert losers(tracer) == {"heads": ("forward", "backward")}
+
+
+def through_3d(x):
+    return (x.flatten(2) @ torch.ones(x.shape[2:].numel(), x.shape[2:].numel())).reshape(x.shape)
+
+
+def test_loss_in_a_modules_own_code_between_its_children():
+    first, last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    block = Op(lambda x: last(through_3d(first(x))), first=first, last=last)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block), images(2, 3, 8, 8))
+    assert losers(tracer) == {"1": ("forward", "backward")}
+    assert tracer.channels_last_share < 1
+    (lost,) = events(tracer, module="1", phase="forward")
+    assert (lost.op, lost.kind, lost.shape) == ("aten.bmm", "lost", (2, 8, 8, 8))
+
+
+def test_loss_of_a_child_does_not_hide_that_of_the_module_around_it():
+    child, conv = nn.Softmax(1), nn.Conv2d(8, 8, 1)
+    block = Op(lambda x: through_3d(conv(child(x))), child=child, conv=conv)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block), images(2, 3, 8, 8))
+    assert losers(tracer) == {"1": ("forward", "backward"), "1.child": ("forward", "backward")}
+
+
+def test_module_on_tokens_between_children_that_hands_contiguous_on():
+    linear = nn.Linear(8, 8)
+    block = Op(lambda x: linear(x.flatten(2).transpose(1, 2)).transpose(1, 2).contiguous().view(x.shape), linear=linear)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 8, 1)), images(2, 3, 4, 4))
+    assert "forward" in losers(tracer)["1"]
+
+
+def test_module_used_twice_loses_where_one_use_does():
+    class Switches(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[-1] > 4 else x.softmax(1)
+
+    switch, first, down, last = Switches(), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 1)
+    children = dict(switch=switch, first=first, down=down, last=last)
+    model = nn.Sequential(Op(lambda x: last(switch(down(switch(first(x))))), **children))
+    assert losers(trace(model, images(2, 3, 8, 8))) == {"0.switch": ("forward", "backward")}
+
+
+def test_module_used_on_both_formats_loses_what_it_is_given_in_channels_last():
+    glu, norm, first, last = nn.GLU(1), nn.InstanceNorm2d(8), nn.Conv2d(3, 8, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(x):
+        x = first(x)
+        return last(glu(x)) + last(glu(norm(x)))
+
+    model = nn.Sequential(Op(forward, glu=glu, norm=norm, first=first, last=last))
+    assert losers(trace(model, images(2, 3, 8, 8))) == {"0.norm": ("forward",), "0.glu": ("backward",)}
+
+
+def test_images_of_the_shape_of_a_weight():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Softmax(1))
+    assert losers(trace(model, images(8, 8, 3, 3))) == {"1": ("forward", "backward")}
+
+
+def test_loss_with_a_gradient_inside_belongs_to_the_loss():
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
+    with FormatTracer(model) as tracer:
+        output = model(images(2, 3, 8, 8))
+        (gradient,) = torch.autograd.grad(output.sum(), model[0].weight, create_graph=True)
+        loss = output.contiguous().softmax(1).sum() + gradient.square().sum()
+        tracer.own_loss(loss)
+        loss.backward()
+    assert losers(tracer) == {}
+    assert events(tracer, module="(loss)", phase="forward", kind="converted")
+
+
+def test_node_of_a_users_function_that_keeps_a_variable():
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = 3
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.contiguous() * 2
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Op(Keeps.apply), nn.Conv2d(8, 8, 1))
+    assert losers(trace(model, images(2, 3, 8, 8))) == {"1": ("backward",)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_is_code_of_the_module_around_it():
+    script = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Softmax(1)))
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), script, nn.Conv2d(8, 8, 1)), images(2, 3, 8, 8))
+    assert "forward" in losers(tracer)[""]
 
 
 def test_operators_of_parallel_branches_belong_to_their_own():
@@ -390,7 +531,7 @@ def test_functional_operators_belong_to_the_module_that_calls_them():
             return self.last(self.conv(x).softmax(1))
 
     tracer = trace(nn.Sequential(nn.Identity(), Block()), images(2, 3, 8, 8))
-    assert losers(tracer) == {"1": ("forward",)}  # backward it follows the format of what it saved
+    assert losers(tracer) == {"1": ("forward", "backward")}
     assert {(event.op, event.kind) for event in events(tracer, module="1")} == {
         ("aten._softmax", "lost"),
         ("aten._softmax_backward_data", "lost"),
@@ -427,14 +568,15 @@ def test_casts_of_autocast_are_no_conversions():
     assert tracer.events == [] and tracer.channels_last_share == 1.0
 
 
-def test_channels_that_are_padded_in_half_precision_are_named():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_channels_that_are_padded_in_half_precision_are_named(dtype):
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose2d(16, 12, 2)
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.ConvTranspose2d(16, 12, 2), nn.Conv2d(12, 12, 3, groups=12)
     )
-    with torch.autocast("cpu", torch.bfloat16):
-        tracer = trace(model, images(2, 3, 8, 8))
-    assert tracer.padded_convs == {"0": (3, 8), "3": (16, 12)}
-    assert trace(model, images(2, 3, 8, 8)).padded_convs == {}
+    with torch.autocast("cpu", dtype):
+        tracer = trace(model, images(1, 3, 4, 4))
+    assert tracer.padded_convs == {"0": (3, 8), "2": (16, 12)}
+    assert trace(model, images(1, 3, 4, 4)).padded_convs == {}
 
 
 # Failures
@@ -450,7 +592,7 @@ def test_view_names_its_module_and_operator():
     tracer = FormatTracer(model)
     with pytest.raises(RuntimeError, match="view size is not compatible") as raised, tracer:
         model(images(2, 3, 8, 8))
-    assert tracer.error == ("1.1", "aten.view", raised.value)
+    assert tracer.error == ("1.1", "aten.view", str(raised.value)) and tracer.raised(raised.value)
 
 
 def test_hooks_are_gone_afterwards():
@@ -460,6 +602,36 @@ def test_hooks_are_gone_afterwards():
     model(x).sum().backward()
     assert (len(tracer.layers), tracer.events, tracer.channels_last_share) == seen
     assert not tracer._handles
+
+
+def test_activations_are_held_no_longer_than_without():
+    alive = []
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            alive.append(sum(reference() is not None for reference in seen))
+            seen.append(weakref.ref(x))
+            return x + 1
+
+    seen = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *[Looks() for _ in range(6)])
+    tracer = FormatTracer(model)
+    with tracer:
+        model(images(2, 3, 8, 8))
+    assert max(alive) <= 1
+    assert not tracer._owners and not tracer._known and not tracer._stretches  # nor the graph
+
+
+def test_failure_to_start_leaves_no_hooks(monkeypatch):
+    model = clean_model()
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(model[3], "register_forward_hook", fails)
+    with pytest.raises(RuntimeError, match="no hooks"), FormatTracer(model):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_exception_that_the_model_catches_is_no_confusion():
@@ -480,4 +652,4 @@ def test_exception_that_the_model_catches_is_no_confusion():
             except ValueError:
                 return x.softmax(1)
 
-    assert losers(trace(nn.Sequential(Tries()), images(2, 3, 8, 8))) == {"0": ("forward",)}
+    assert losers(trace(nn.Sequential(Tries()), images(2, 3, 8, 8))) == {"0": ("forward", "backward")}
