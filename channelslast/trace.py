@@ -188,10 +188,10 @@ class FormatTracer(TorchDispatchMode):
     @property
     def _where(self) -> tuple[str, str]:
         "The name of the module whose code is running, and the phase."
-        stretch = self._running
-        if isinstance(stretch, _Call):
-            return stretch.name, "forward"
-        return (stretch.owner, "backward") if stretch else (OUTSIDE, "forward")
+        running = self._running
+        if isinstance(running, _Call):
+            return running.name, "forward"
+        return (running.owner, "backward") if running else (OUTSIDE, "forward")
 
     @property
     def _running(self) -> "_Call | _Stretch | None":
@@ -280,8 +280,9 @@ class FormatTracer(TorchDispatchMode):
             self._lost.append(call.name)
         elif is_last and call.has_children and len(self._lost) == call.n_lost:
             formats = {image.layout for image in call.inputs} - {None}
-            if self._loses(formats, call.inputs, images):
-                self._add_loss(call, formats, call.inputs, images)
+            computed = [tensor for tensor in images if tensor.grad_fn is not None] or images  # in place of constants
+            if self._loses(formats, call.inputs, computed):
+                self._add_loss(call, formats, call.inputs, computed)
         if nodes:
             self._watch_backward(stretch, made, nodes)
         call.losses, call.is_told, call.is_blind = 0, False, False

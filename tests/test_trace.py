@@ -331,6 +331,13 @@ def test_layers_on_channels_at_the_end_of_the_shape_are_no_losses():
     assert tracer.events == [] and losers(tracer) == {} and tracer.channels_last_share == 1.0
 
 
+def test_constant_that_a_module_returns_beside_its_images_is_no_loss():
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    grid = torch.ones(2, 2, 8, 8)
+    model = nn.Sequential(Op(lambda x: (conv(x), grid), conv=conv), Op(lambda both: both[0]))
+    assert losers(trace(model, images(2, 3, 8, 8))) == {}
+
+
 def test_result_that_is_no_image_is_no_loss():
     gram = Op(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[:, None].expand(-1, 4, -1, -1) * 1.0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), gram)
