@@ -34,7 +34,6 @@ _NEW = {
     "zeros",
     "zeros_like",
 }
-_GRADIENT_SECOND = {"cudnn_batch_norm_backward", "miopen_batch_norm_backward"}  # among their operands
 _GROUPS = 8  # position among the arguments of `aten.convolution`
 _HALF = (torch.float16, torch.bfloat16)
 _VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
@@ -172,7 +171,7 @@ class FormatTracer(TorchDispatchMode):
         for name in self._lost:
             self._layer(name).loses("forward")
         for stretch in self._stretches:
-            if stretch.loses_backward() and stretch.owner != OUTSIDE:
+            if stretch.loses_backward():
                 where = stretch.owner, "backward"
                 self._layer(stretch.owner).loses("backward")
                 for gradient in stretch.contiguous if not stretch.is_told else []:
@@ -224,7 +223,7 @@ class FormatTracer(TorchDispatchMode):
     def _remember(self, images: list[Tensor]) -> list["_Image"]:
         result = []
         for tensor in images:
-            image = _Image(layout(tensor), tensor.shape, _memory(tensor))
+            image = _Image(layout(tensor), tensor.shape)
             result.append(image)
             if tensor.grad_fn is not None:
                 self._known[tensor.grad_fn, tensor.output_nr] = image
@@ -291,14 +290,8 @@ class FormatTracer(TorchDispatchMode):
         "Those of `tensors` that are contiguous images made of channels last ones."
         if formats != {"last"}:
             return []
-        shapes, memory = [image.shape for image in took], {image.memory for image in took}
-        return [
-            tensor
-            for tensor in tensors
-            if layout(tensor) == "first"
-            and _memory(tensor) not in memory
-            and (tensor.shape in self._images or _alike(tensor.shape, shapes))
-        ]
+        shapes = [image.shape for image in took]
+        return [tensor for tensor in tensors if layout(tensor) == "first" and _alike(tensor.shape, shapes)]
 
     def _add_loss(self, call: "_Call", formats: set[str], took: list["_Image"], tensors: list[Tensor]) -> None:
         self._lost.append(call.name)
@@ -337,8 +330,7 @@ class FormatTracer(TorchDispatchMode):
         if grad is None or layout(grad) is None:
             return
         stretch.gives.setdefault(edge, set()).add(layout(grad))
-        if stretch.takes - {None}:
-            self._write_image((stretch.owner, "backward"), grad)
+        self._write_image((stretch.owner, "backward"), grad)
         if layout(grad) == "first":
             stretch.contiguous.append(torch.empty_like(grad, device="meta"))
 
@@ -386,9 +378,6 @@ class FormatTracer(TorchDispatchMode):
         where = self._where
         # what is written over, and was not read, is no operand
         data = [operand for operand in operands if pointwise or not (in_place and operand is result)]
-        if where[1] == "backward" and not (copies or pointwise or name == "cat"):
-            # the gradient; the others were saved in the forward pass
-            data = data[1:2] if name in _GRADIENT_SECOND else data[:1]
         taken = {layout(operand) for operand in data if _alike(result.shape, [operand.shape], reshaped=True)} - {None}
         given = layout(result)
         kind = None
@@ -422,21 +411,15 @@ class FormatTracer(TorchDispatchMode):
         """
         op, where = str(func.overloadpacket), self._where
         is_forward = isinstance(result, Tensor)
-        *grads, data, weight = operands
+        *_, data, weight = operands
         works_in = "last" if is_channels_last(data) or is_channels_last(weight) else "first"
         for operand in operands:
             if layout(operand) not in (None, works_in):
                 self._add_event(where, op, "hidden", operand)
-        self._images.update(tensor.shape for tensor in (*grads, data))
         written = result if is_forward else result[0]  # the other gradients are the weight's and the bias's
         if written is None:
             return
         self._images.add(written.shape)
-        if layout(data if is_forward else grads[0]) == "last" and layout(written) == "first":
-            self._add_event(where, op, "lost", written)
-            if self._running:
-                self._running.losses += 1
-                self._running.is_told = True
         self._count(where, op, operands, written)
         if is_forward and data.dtype in _HALF and args[_GROUPS] == 1 and where[0] != OUTSIDE:
             channels = data.size(1), written.size(1)
@@ -454,16 +437,19 @@ class FormatTracer(TorchDispatchMode):
         "Add `result` to what its module wrote, if it is an image in one format; the bytes added."
         name, phase = where
         self._ops[where] = op
-        shapes = [operand.shape for operand in data if operand.shape in self._images]
-        is_image = _alike(result.shape, shapes, reshaped=True)
         given = layout(result)
-        if is_image or (given == "last" and result.shape not in self._param_shapes):
+        images = [tensor.shape for tensor in (*data, result) if self._is_image(tensor)]
+        if _alike(result.shape, images, reshaped=True):
             self._images.add(result.shape)
         if given is None or not result.is_floating_point() or result.shape not in self._images or name == OUTSIDE:
             return 0
         layer = self._layer(name)
         layer.nbytes[phase, given] = layer.nbytes.get((phase, given), 0) + _nbytes(result)
         return _nbytes(result)
+
+    def _is_image(self, tensor: Tensor) -> bool:
+        "Whether `tensor` has a shape that images have, or lies as only they do: (B, N, C) in attention does not."
+        return tensor.shape in self._images or (layout(tensor) == "last" and tensor.shape not in self._param_shapes)
 
     def _layer(self, name: str) -> LayerFormat:
         return self.layers.setdefault(name, LayerFormat(name, self._classes[name]))
@@ -487,7 +473,6 @@ class _Image(NamedTuple):
 
     layout: str | None
     shape: torch.Size
-    memory: int
 
 
 @dataclass
@@ -521,8 +506,8 @@ class _Stretch:
         takes = self.takes - {None}
         if takes == {"last"} and self.gives:
             return {"first"} in self.gives.values()
-        # what came in contiguous, or was made from contiguous images, is contiguous rightly
-        return self.losses > 0 and takes != {"first"} and self.formats != {"first"}
+        # the gradient of what was made from contiguous images is contiguous rightly
+        return self.losses > 0 and self.formats != {"first"}
 
 
 class _Copy(NamedTuple):
@@ -564,7 +549,9 @@ def layout(
         return None
     if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
         return None
-    return "last" if is_channels_last(tensor) else "first"
+    # The stride of a batch of one says nothing
+    is_last = tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.ndim]) or is_channels_last(tensor)
+    return "last" if is_last else "first"
 
 
 def _alike(shape: torch.Size, others: Iterable[torch.Size], reshaped: bool = False) -> bool:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from channelslast.memory_format import module_to_memory_format
-from channelslast.trace import FormatTracer
+from channelslast.trace import FormatTracer, tensors_in
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -288,6 +288,22 @@ def trace_forward(model, *inputs):
     return tracer
 
 
+def test_permuted_view_is_no_loss_and_no_layer():
+    tracer = trace_forward(nn.Sequential(Scale(), Op(lambda x: x.permute(0, 2, 3, 1))), images(2, 4, 8, 8))
+    assert losers(tracer) == {} and "1" not in tracer.layers
+
+
+def test_one_image_of_a_batch_keeps_the_format():
+    first = Op(lambda x: x[0][None])
+    tracer = trace_forward(nn.Sequential(Scale(), first, nn.Conv2d(8, 8, 1)), images(2, 8, 4, 4))
+    assert losers(tracer) == {} and tracer.events == []
+
+
+def test_new_tensors_are_no_losses():
+    zeros = Op(lambda x: (x.new_zeros(x.shape), torch.empty_like(x, memory_format=torch.contiguous_format), x * 2)[2])
+    assert trace_forward(nn.Sequential(nn.Conv2d(3, 8, 1), zeros), images(2, 3, 8, 8)).events == []
+
+
 def test_flatten_before_a_head_loses_nothing_but_its_copy_is_told():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 2))
     tracer = trace_forward(model, images(2, 3, 8, 8))
@@ -418,6 +434,57 @@ def test_loss_of_a_child_does_not_hide_that_of_the_module_around_it():
     assert losers(tracer) == {"1": ("forward", "backward"), "1.child": ("forward", "backward")}
 
 
+def test_each_stretch_of_a_modules_own_code_is_judged_by_itself():
+    conv = nn.Conv2d(8, 8, 1)
+    block = Op(lambda x: through_3d(conv(x.softmax(1))), conv=conv)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block), images(2, 3, 8, 8))
+    assert {event.op for event in events(tracer, module="1", phase="forward", kind="lost")} == {
+        "aten._softmax",
+        "aten.bmm",
+    }
+
+
+def test_own_loss_on_the_way_to_a_child_that_takes_tokens():
+    linear = nn.Linear(4, 4)
+    block = Op(lambda x: linear(F.glu(x, 1).flatten(2).transpose(1, 2)), linear=linear)
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 1), block))
+    with FormatTracer(model) as tracer:
+        tokens = model(images(2, 3, 8, 8))
+        tokens.backward(torch.randn_like(tokens))
+    assert losers(tracer) == {"1": ("backward",)}
+
+
+def test_own_code_is_not_blamed_for_what_a_child_made_and_it_hands_on():
+    norm = nn.InstanceNorm2d(8)
+    block = Op(lambda x: (norm(x), x * 2), norm=norm)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block, Op(lambda both: both[1])), images(2, 3, 8, 8))
+    assert losers(tracer) == {"1.norm": ("forward",)}
+
+
+def test_module_that_goes_back_to_channels_last_loses_nothing_but_its_copies_are_told():
+    there_and_back = Op(lambda x: x.contiguous().to(memory_format=torch.channels_last))
+    tracer = trace_forward(nn.Sequential(nn.Conv2d(3, 8, 1), there_and_back), images(2, 3, 8, 8))
+    assert losers(tracer) == {}
+    assert [event.kind for event in events(tracer, module="1")] == ["converted", "converted"]
+
+
+def test_loss_by_way_of_3d_where_the_input_is_the_models_own():
+    x = images(2, 8, 8, 8).requires_grad_()
+    assert losers(trace(nn.Sequential(Op(through_3d)), x)) == {"0": ("forward", "backward")}
+
+
+def test_images_made_of_tokens():
+    to_image = Op(lambda tokens: tokens.transpose(1, 2).reshape(2, 8, 4, 4))
+    tracer = trace_forward(nn.Sequential(to_image, nn.Softmax(1)), torch.randn(2, 16, 8))
+    assert losers(tracer) == {"1": ("forward",)} and tracer.channels_last_share == 0.0
+
+
+def test_hook_of_the_caller_is_code_of_its_module():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    model[1].register_forward_pre_hook(lambda module, args: (args[0].softmax(1),))
+    assert {event.module for event in events(trace(model, images(2, 3, 8, 8)), op="aten._softmax")} == {"1"}
+
+
 def test_module_on_tokens_between_children_that_hands_contiguous_on():
     linear = nn.Linear(8, 8)
     block = Op(lambda x: linear(x.flatten(2).transpose(1, 2)).transpose(1, 2).contiguous().view(x.shape), linear=linear)
@@ -484,6 +551,13 @@ def test_script_is_code_of_the_module_around_it():
     script = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Softmax(1)))
     tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), script, nn.Conv2d(8, 8, 1)), images(2, 3, 8, 8))
     assert "forward" in losers(tracer)[""]
+
+
+def test_tensors_in_what_modules_take_and_return():
+    a, b = torch.ones(1), torch.ones(2)
+    assert [id(tensor) for tensor in tensors_in([a, {"b": (b, 3)}, Outputs(b, a), Outputs, "c", None])] == [
+        id(tensor) for tensor in (a, b, b, a)
+    ]
 
 
 def test_operators_of_parallel_branches_belong_to_their_own():
@@ -618,7 +692,7 @@ def test_activations_are_held_no_longer_than_without():
         def forward(self, x):
             alive.append(sum(reference() is not None for reference in seen))
             seen.append(weakref.ref(x))
-            return x + 1
+            return x.clone() + 1
 
     seen = []
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *[Looks() for _ in range(6)])
