@@ -211,9 +211,13 @@ def summary(
     if not supports_channels_last(torch_device):
         fail(f"--device {torch_device}: channels last is not reliable there, and is not used")
     try:
-        dtype = autocast_dtype(mode, torch_device)[0] if mode else None
+        dtype, why = autocast_dtype(mode, torch_device) if mode else (None, "")
     except ValueError as error:
         fail(str(error))
+    if why:
+        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    if json is not None and not Path(json).expanduser().parent.is_dir():
+        fail(f"--json {json}: there is no such folder")
     model = new_model(arch, size=size or DEFAULT_SIZE)
     size = size or default_size(arch, model)
     model = module_to_memory_format(model.to(torch_device).train())

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity
 from channelslast.memory_format import _check
 from channelslast.precision import training_device
 from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
-from channelslast.trace import OUTSIDE, FormatEvent, FormatTracer, LayerFormat, tensors_in
+from channelslast.trace import OUTSIDE, FormatEvent, FormatTracer, LayerFormat, layout, tensors_in
 
 __all__ = ["FormatSummary", "GpuShares", "format_summary"]
 
@@ -65,9 +65,16 @@ _HINTS = [
     ),
     _Hint(
         "clone|native_batch_norm|cudnn_batch_norm",
-        "InstanceNorm works in contiguous format; GroupNorm with as many groups as channels is the same function "
-        f"(PyTorch's documentation of GroupNorm) and keeps channels last: on a CPU, and {_GROUP_NORM_ON_CUDA}",
+        "InstanceNorm works in contiguous format; `nn.GroupNorm(c, c, affine=...)` for c channels is the same function "
+        "but for running statistics (PyTorch's documentation of GroupNorm), and keeps channels last: on a CPU, and "
+        f"{_GROUP_NORM_ON_CUDA}",
         cls="InstanceNorm",
+    ),
+    _Hint(
+        "clone|_to_copy",
+        "a copy that makes an image contiguous is `.contiguous()` or a `.reshape` in the code of its layer; "
+        "`.contiguous(memory_format=torch.channels_last)` keeps the format (PyTorch's documentation)",
+        cls="^(?!.*(InstanceNorm|GroupNorm))",
     ),
     _Hint(
         "pixel_(un)?shuffle",
@@ -96,6 +103,18 @@ _HINTS = [
 ]
 
 
+_UNCONVERTED = {
+    "inputs": "the images are contiguous, the weights channels last; `to_memory_format(images)` converts the images",
+    "weights": "the weights are contiguous, the images channels last; `module_to_memory_format(model)` converts them",
+}
+_KINDS = {
+    "lost": "an operator took channels last and returned contiguous",
+    "converted": "a copy changed the format",
+    "hidden": "a convolution re-lays an operand inside",
+    "mixed": "operands of both formats",
+}
+
+
 @dataclass(frozen=True)
 class GpuShares:
     "What the GPU did in a step of forward, loss and backward: shares between 0 and 1."
@@ -122,6 +141,7 @@ class FormatSummary:
     device: str
     dtype: str  # 'fp32', or that of autocast
     shapes: list[tuple[int, ...]]  # of the model's inputs
+    unconverted: str | None  # 'inputs' or 'weights' where these alone are contiguous
 
     @property
     def losers(self) -> list[LayerFormat]:
@@ -141,42 +161,67 @@ class FormatSummary:
         if not self.layers:
             return "No 4D or 5D activations: the memory format changes nothing about this model."
         if share == 0 and not losers:
-            return "Contiguous throughout: no activation or gradient is channels last."
+            return (
+                "Contiguous throughout: no activation or gradient is channels last. `learn.to_channelslast()` converts "
+                "a Learner, `module_to_memory_format(model)` and `to_memory_format(images)` a model and its images."
+            )
         words = f"{_percent(share)} of activations and gradients {'stay' if share > 0.5 else 'are'} channels last; "
         if not losers:
-            return words + f"none of {len(self.layers)} layers loses it.{self._relaid()}"
+            return words + f"{self._all_keep_it()}.{self._inside()}{self._relaid()}"
         named = [f"{_name(layer.module)} {layer.cls} ({', '.join(layer.loses_in)})" for layer in losers[:5]]
         if len(losers) > 5:
             named.append(f"and {len(losers) - 5} more")
         verb = "loses" if len(losers) == 1 else "lose"
-        return words + f"{len(losers)} of {len(self.layers)} layers {verb} it: {', '.join(named)}."
+        return words + f"{len(losers)} of {len(self.layers)} layers with images {verb} it: {', '.join(named)}."
+
+    def _all_keep_it(self) -> str:
+        n = len(self.layers)
+        return f"none of {n} layers with images loses it" if n > 1 else "the one layer with images keeps it"
+
+    def _inside(self) -> str:
+        "The layer that writes most of what is contiguous, though it hands channels last on."
+        worst = max(self.layers, key=lambda layer: layer.contiguous_nbytes)
+        if self.channels_last_share > 0.9 or not worst.contiguous_nbytes:
+            return ""
+        return f" Most of the rest is contiguous inside {_name(worst.module)} {worst.cls}."
 
     def _relaid(self) -> str:
         hidden = [event for event in self.events if event.kind == "hidden"]
         if not hidden:
             return ""
         worst = max(hidden, key=lambda event: event.nbytes)
-        what = f"{_name(worst.module)} {worst.cls}"
-        return f" {what} re-lays an operand of {worst.nbytes / 1e6:.2g} MB in every {worst.phase} pass."
+        modules = len({event.module for event in hidden})
+        which = "1 convolution gets" if modules == 1 else f"{modules} convolutions get"
+        return (
+            f" {which} an input, weight or gradient in the other format, to be converted on every call; the heaviest, "
+            f"of {worst.nbytes / 1e6:.2g} MB, in the {worst.phase} pass of {_name(worst.module)}."
+        )
 
     @property
     def hints(self) -> list[str]:
         "What to use in place of the operators that lose the format, where there is something."
-        found = []
+        found = [_UNCONVERTED[self.unconverted]] if self.unconverted else []
         for hint in _HINTS:
             if hint.device and not self.device.startswith(hint.device):
                 continue
             if hint.fixed_in and ismin_torch(hint.fixed_in):
                 continue
-            if any(_matches(hint, event) for event in self.events):
+            if any(self._matches(hint, event) for event in self.events):
                 found.append(hint.text)
         if self.dense_gradients and any(event.kind == "mixed" for event in self.events):
+            others = f" and {len(self.dense_gradients) - 1} more" if len(self.dense_gradients) > 1 else ""
             found.append(
-                f"the gradient of a global average, as {_name(self.dense_gradients[0])} takes, comes out contiguous; "
-                "`F.avg_pool2d(x, x.shape[-2:])` is the same average with a channels last gradient "
-                "(measured, PyTorch 2.11 and 2.15)"
+                "the gradient of a global average comes out contiguous, which makes rows of kind 'mixed' (here that of "
+                f"{_name(self.dense_gradients[0])}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or `avg_pool3d` in 3D, "
+                "is the same average with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
             )
         return found
+
+    def _matches(self, hint: _Hint, event: FormatEvent) -> bool:
+        "Whether `event` is the loss of a layer that `hint` is about."
+        loses = any(layer.module == event.module and event.phase in layer.loses_in for layer in self.losers)
+        of_kind = loses and event.kind in ("lost", "converted")
+        return of_kind and bool(re.search(hint.ops, event.op)) and bool(re.search(hint.cls, event.cls))
 
     def to_frame(self) -> pd.DataFrame:
         "The events as a pandas DataFrame, a row each, in the order of execution."
@@ -220,6 +265,8 @@ class FormatSummary:
                 f"{event.nbytes / 1e6:>8.2f}"
             )
         lines.append("=" * len(head))
+        kinds = {event.kind for event in self.events}
+        lines.append("; ".join(f"{kind}: {meaning}" for kind, meaning in _KINDS.items() if kind in kinds))
         if len(rows) > n_rows:
             lines.append(f"{len(rows) - n_rows} lighter rows left out; `.to_frame()` has all")
         return lines
@@ -248,7 +295,7 @@ class FormatSummary:
         "Draw the layers in the order of execution, coloured by format; triangles mark those that lose it."
         n = len(self.layers)
         if ax is None:
-            _, ax = plt.subplots(figsize=(12, 2.8))
+            _, ax = plt.subplots(figsize=(12, 3), layout="constrained")
         for row, phase in ((1, "forward"), (0, "backward")):
             colors = [_color(layer.share(phase)) for layer in self.layers]
             ax.bar(
@@ -268,16 +315,13 @@ class FormatSummary:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("layers in the order of execution")
         ax.spines[["top", "right", "left"]].set_visible(False)
+        if self.error:
+            ax.set_title("The step stopped after these layers", loc="left", pad=20)
         names = {1.0: "channels last", 0.0: "contiguous", None: "nothing of 4D or 5D"}
         handles = [Patch(color=_color(share), label=name) for share, name in names.items()]
         handles += ax.plot([], [], "v", color="crimson", label="loses channels last")
         ax.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
         return ax
-
-
-def _matches(hint: _Hint, event: FormatEvent) -> bool:
-    loses = event.kind in ("lost", "converted")
-    return loses and bool(re.search(hint.ops, event.op)) and bool(re.search(hint.cls, event.cls))
 
 
 def _heaviest_first(events: list[FormatEvent]) -> list[FormatEvent]:
@@ -329,6 +373,7 @@ class _Observer:
             tensors = tensors_in(inputs)
             self.model = model
             self.shapes = [tuple(tensor.shape) for tensor in tensors]
+            self.unconverted = _unconverted(model, tensors)
             self.device = _device(model, tensors)
             autocast = torch.is_autocast_enabled(self.device.type)
             self.dtype = torch.get_autocast_dtype(self.device.type) if autocast else _dtype(model)
@@ -377,7 +422,14 @@ class _Observer:
             device=str(self.device),
             dtype=_DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch.")),
             shapes=self.shapes,
+            unconverted=self.unconverted,
         )
+
+
+def _unconverted(model: nn.Module, tensors: list[Tensor]) -> str | None:
+    weights = {layout(param) for param in model.parameters()} - {None}
+    images = {layout(tensor) for tensor in tensors} - {None}
+    return {("last", "first"): "inputs", ("first", "last"): "weights"}.get((*weights, *images))
 
 
 def _device(model: nn.Module, tensors: list[Tensor]) -> torch.device:
@@ -449,6 +501,8 @@ def format_summary(
     the model's own. Raises `TypeError` without inputs, and `ValueError` for a model with lazy parameters or on the
     device 'meta'.
     """
+    if isinstance(model, Learner):
+        raise TypeError("model is a Learner: call `learn.format_summary()`, or pass `learn.model` and its inputs")
     _check("model", model, nn.Module)
     if not inputs:
         raise TypeError("format_summary(model) without inputs: pass what to call the model with, as a batch of images")

@@ -76,6 +76,11 @@ class LayerFormat:
         last, first = (self.nbytes.get((phase, name), 0) for name in ("last", "first"))
         return last / (last + first) if last + first else None
 
+    @property
+    def contiguous_nbytes(self) -> int:
+        "Bytes in contiguous format, of both phases."
+        return sum(nbytes for (_, given), nbytes in self.nbytes.items() if given == "first")
+
     def loses(
         self,
         phase: str,

@@ -70,7 +70,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("arch, size", ARCHITECTURES.items(), ids=ARCHITECTURES)
 def test_summary_of_an_architecture(run, arch, size):
     printed = run("summary", "--arch", arch, "--size", size, "--bs", 2, "--device", "cpu")
-    assert re.search(r"activations and gradients (stay|are) channels last; \S+ of \d+ layers", printed)
+    assert re.search(r"channels last; (\S+ of \d+ layers|the one layer) with images", " ".join(printed.split()))
 
 
 def test_default_size_is_that_of_the_architecture():
@@ -165,6 +165,20 @@ def test_json_that_cannot_be_written(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--json", tmp_path)
     assert f"--json {tmp_path}: Is a directory" in capsys.readouterr().err
+
+
+def test_json_in_a_folder_that_is_none(fails):
+    arguments = ["--arch", "resnet18", "--device", "cpu", "--json", "/no/such/folder/a.json"]
+    assert "--json /no/such/folder/a.json: there is no such folder" in fails("summary", *arguments)
+
+
+def test_precision_that_is_replaced_is_told(run, capsys, bf16_cpu):
+    run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "none")
+    assert capsys.readouterr().err == ""
+    monkey = ["summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "fp16"]
+    sys.argv = ["channelslast", *map(str, monkey)]
+    main()
+    assert "amp_mode='fp16': the device 'cpu' has no fast arithmetic for it" in capsys.readouterr().err
 
 
 def test_device_where_channels_last_is_not_reliable(fails, monkeypatch):

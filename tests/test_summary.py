@@ -60,7 +60,7 @@ def flat(summary):
 def test_verdict_names_the_layers_that_lose_the_format_and_their_phases(thrashing):
     assert 0 < thrashing.channels_last_share < 1
     assert f"{thrashing.channels_last_share:.1%} of activations and gradients" in thrashing.verdict
-    assert "2 of 7 layers lose it" in thrashing.verdict
+    assert "2 of 7 layers with images lose it" in thrashing.verdict
     assert "`1` InstanceNorm2d (forward)" in thrashing.verdict and "`4` GLU (backward)" in thrashing.verdict
     assert [layer.module for layer in thrashing.losers] == ["1", "4"]  # the heaviest first
 
@@ -68,7 +68,10 @@ def test_verdict_names_the_layers_that_lose_the_format_and_their_phases(thrashin
 def test_verdict_on_a_clean_model(images):
     summary = format_summary(module_to_memory_format(clean_model()), images)
     assert summary.channels_last_share == 1.0 and summary.events == []
-    assert summary.verdict == "100% of activations and gradients stay channels last; none of 4 layers loses it."
+    assert (
+        summary.verdict
+        == "100% of activations and gradients stay channels last; none of 4 layers with images loses it."
+    )
 
 
 def test_share_is_never_rounded_up_to_all():
@@ -102,13 +105,33 @@ def test_verdict_on_a_contiguous_model_whose_first_layer_loses_a_channels_last_i
 
 def test_verdict_names_the_convolution_that_re_lays_its_input():
     summary = format_summary(module_to_memory_format(clean_model()), torch.randn(2, 3, 8, 8))
-    assert "none of 4 layers loses it. `0` Conv2d re-lays an operand" in summary.verdict
+    assert "1 convolution gets an input, weight or gradient in the other format" in summary.verdict
+    assert "forward pass of `0`" in summary.verdict and "to_memory_format(images)" in summary.hints[0]
+
+
+def test_hint_for_contiguous_weights_under_channels_last_images(images):
+    summary = format_summary(clean_model(), images)
+    assert "module_to_memory_format(model)" in summary.hints[0]
+    assert "2 convolutions get an input, weight or gradient" in summary.verdict
+
+
+def test_verdict_names_the_layer_that_is_contiguous_inside(images):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(3), nn.Conv2d(8, 8, 1))
+    verdict = format_summary(module_to_memory_format(model), images).verdict
+    assert (
+        "none of 3 layers with images loses it. Most of the rest is contiguous inside `1` LocalResponseNorm" in verdict
+    )
+
+
+def test_verdict_on_one_layer(images):
+    verdict = format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten())), images).verdict
+    assert "the one layer with images keeps it" in verdict
 
 
 def test_many_losers_are_cut_short_in_the_verdict(images):
     layers = [layer for _ in range(8) for layer in (nn.Conv2d(3, 3, 1), nn.Softmax(1))]
     summary = format_summary(module_to_memory_format(nn.Sequential(*layers)), images)
-    assert "8 of 16 layers lose it" in summary.verdict and summary.verdict.endswith("and 3 more.")
+    assert "8 of 16 layers with images lose it" in summary.verdict and summary.verdict.endswith("and 3 more.")
 
 
 def test_5d_model():
@@ -138,6 +161,22 @@ def test_hint_for_instance_norm_and_that_its_replacement_is_the_same_function_an
     (hint,) = hints(nn.Sequential(nn.Conv2d(3, 8, 3), norm), images)
     assert "GroupNorm" in hint and "191945" in hint
     assert format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), replacement)), images).events == []
+
+
+def test_hint_for_a_copy_in_the_code_of_a_layer_and_that_its_replacement_is_clean(images):
+    class Copies(nn.Module):
+        def __init__(self, memory_format):
+            super().__init__()
+            self.memory_format = memory_format
+
+        def forward(self, x):
+            return x.contiguous(memory_format=self.memory_format)
+
+    (hint,) = hints(nn.Sequential(nn.Conv2d(3, 8, 3), Copies(torch.contiguous_format)), images)
+    assert "`.contiguous()`" in hint
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Copies(torch.channels_last))
+    assert format_summary(module_to_memory_format(model), images).events == []
+    assert hints(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), images) == []  # nobody can avoid that one
 
 
 def resize(mode):
@@ -170,8 +209,11 @@ def test_hints_of_a_device_and_version_are_given_there_alone(thrashing, monkeypa
         op = {"(reflection|replication)_pad": "reflection_pad2d", "pixel_(un)?shuffle": "pixel_shuffle"}.get(
             hint.ops, hint.ops.split("|")[0]
         )
-        fake = SimpleNamespace(**{**vars(event), "op": f"aten.{op}", "kind": "lost", "cls": hint.cls or "X"})
+        fake = SimpleNamespace(
+            **{**vars(event), "op": f"aten.{op}", "kind": "lost", "cls": hint.cls if hint.cls.isalpha() else "X"}
+        )
         thrashing.events, thrashing.device = [fake], "cuda:0"
+        thrashing.layers = [SimpleNamespace(module=event.module, loses_in=("forward", "backward"))]
         monkeypatch.setattr("channelslast.summary.ismin_torch", lambda version: False)
         assert hint.text in thrashing.hints
         monkeypatch.setattr("channelslast.summary.ismin_torch", lambda version: True)
@@ -189,6 +231,7 @@ def test_table_has_a_row_for_each_event_grouped_by_module(thrashing):
     rows = [line for line in text.splitlines() if " x " in line and line.split()[-2].isdigit()]
     assert len(rows) == len(thrashing.events)
     assert sum(row.startswith("1 InstanceNorm2d") for row in rows) == 1
+    assert "converted: a copy changed the format" in text
     assert thrashing.verdict in flat(thrashing) and "Hint: InstanceNorm" in text
     frame = thrashing.to_frame()
     heaviest = frame.groupby("module").nbytes.sum().idxmax()
@@ -229,6 +272,13 @@ def test_picture_has_a_bar_for_each_layer_and_phase_and_a_mark_for_each_loss(thr
     marks = [line for line in ax.lines if len(line.get_xdata()) and line.get_marker() in "v^"]
     assert sorted((int(line.get_xdata()[0]), line.get_marker()) for line in marks) == [(1, "v"), (4, "^")]
     assert {text.get_text() for text in ax.texts} == {"1", "4"}
+    plt.close(ax.figure)
+
+
+def test_picture_of_a_step_that_stopped_says_so(images):
+    summary = format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Views())), images)
+    ax = summary.plot()
+    assert "stopped" in ax.get_title(loc="left")
     plt.close(ax.figure)
 
 
@@ -505,7 +555,7 @@ def test_view_that_the_model_catches_is_no_error(images):
                 return x.reshape(len(x), -1)
 
     summary = format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries())), images)
-    assert summary.error is None and "loses it" in summary.verdict
+    assert summary.error is None and "keeps it" in summary.verdict
 
 
 def test_other_error_after_a_view_that_the_model_catches_is_raised(images):
@@ -541,6 +591,11 @@ def test_profile_that_cannot_be_is_an_error(learn, images, profile, error):
     ):
         with pytest.raises(error, match=f"profile={profile!r}"):
             call()
+
+
+def test_learner_in_the_place_of_a_model(learn):
+    with pytest.raises(TypeError, match=r"model is a Learner: call `learn\.format_summary\(\)`"):
+        format_summary(learn, torch.ones(1))
 
 
 def test_device_that_runs_nothing():
