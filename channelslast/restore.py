@@ -162,8 +162,7 @@ class _Gradients:
     "The gradients of tensors, which it takes away, and whether they need any."
 
     def __init__(self, tensors: Iterable[Tensor]):
-        unique = {id(tensor): tensor for tensor in tensors if tensor.is_leaf}.values()
-        self.saved = [(tensor, tensor.grad, tensor.requires_grad) for tensor in unique]
+        self.saved = [(tensor, tensor.grad, tensor.requires_grad) for tensor in tensors if tensor.is_leaf]
         for tensor, _, _ in self.saved:
             tensor.grad = None
 

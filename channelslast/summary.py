@@ -208,11 +208,11 @@ class FormatSummary:
                 continue
             if any(self._matches(hint, event) for event in self.events):
                 found.append(hint.text)
-        if self.dense_gradients and any(event.kind == "mixed" for event in self.events):
+        if self.dense_gradients and self.events:
             others = f" and {len(self.dense_gradients) - 1} more" if len(self.dense_gradients) > 1 else ""
             found.append(
-                "the gradient of a global average comes out contiguous, which makes rows of kind 'mixed' (here that of "
-                f"{_name(self.dense_gradients[0])}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or `avg_pool3d` in 3D, "
+                "the gradient of a global average comes out contiguous, which makes rows of kind 'mixed' or 'hidden' "
+                f"(here that of {_name(self.dense_gradients[0])}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or `avg_pool3d` in 3D, "
                 "is the same average with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
             )
         return found
@@ -510,7 +510,7 @@ def format_summary(
     observer = _Observer(_use_profiler(profile, _device(model, tensors)))
     modules = [model, loss_func] if isinstance(loss_func, nn.Module) else [model]
     unchanged = unchanged_modules(*modules), unchanged_tensors(tensors)
-    with unchanged[0], unchanged[1], torch.inference_mode(False), torch.enable_grad(), _eager(), observer.running:
+    with unchanged[0], unchanged[1], torch.inference_mode(False), _eager(), observer.running:
         try:
             for _ in range(observer.n_steps):
                 observer.begin(model, inputs)

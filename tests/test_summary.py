@@ -123,6 +123,12 @@ def test_verdict_names_the_layer_that_is_contiguous_inside(images):
     )
 
 
+def test_verdict_on_little_that_is_contiguous_names_no_layer(images):
+    layers = [nn.Conv2d(3, 8, 1), *[nn.ReLU() for _ in range(20)], nn.AdaptiveAvgPool2d(1)]
+    summary = format_summary(module_to_memory_format(nn.Sequential(*layers)), images)
+    assert 0.9 < summary.channels_last_share < 1 and summary.verdict.endswith("none of 22 layers with images loses it.")
+
+
 def test_verdict_on_one_layer(images):
     verdict = format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten())), images).verdict
     assert "the one layer with images keeps it" in verdict
@@ -199,6 +205,7 @@ def test_hint_for_a_global_average_and_that_its_replacement_is_the_same_function
     torch.testing.assert_close(GlobalAverage()(images), nn.AdaptiveAvgPool2d(1)(images))
     (hint,) = hints(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), images)
     assert "`2`" in hint and "F.avg_pool2d(x, x.shape[-2:])" in hint
+    assert hints(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)), images) == [hint.replace("`2`", "`1`")]
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), GlobalAverage())
     assert format_summary(module_to_memory_format(model), images).events == []
 

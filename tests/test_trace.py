@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from channelslast.memory_format import module_to_memory_format
-from channelslast.trace import FormatTracer, tensors_in
+from channelslast.trace import FormatTracer, LayerFormat, tensors_in
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -289,7 +289,10 @@ def trace_forward(model, *inputs):
 
 
 def test_permuted_view_is_no_loss_and_no_layer():
-    tracer = trace_forward(nn.Sequential(Scale(), Op(lambda x: x.permute(0, 2, 3, 1))), images(2, 4, 8, 8))
+    model = nn.Sequential(Scale(), Op(lambda x: x.permute(0, 2, 3, 1)))
+    with FormatTracer(model) as tracer:
+        output = model(images(2, 4, 8, 8))
+        output.backward(torch.randn_like(output))
     assert losers(tracer) == {} and "1" not in tracer.layers
 
 
@@ -477,6 +480,7 @@ def test_images_made_of_tokens():
     to_image = Op(lambda tokens: tokens.transpose(1, 2).reshape(2, 8, 4, 4))
     tracer = trace_forward(nn.Sequential(to_image, nn.Softmax(1)), torch.randn(2, 16, 8))
     assert losers(tracer) == {"1": ("forward",)} and tracer.channels_last_share == 0.0
+    assert trace_forward(nn.Sequential(to_image, nn.ReLU()), torch.randn(2, 16, 8)).channels_last_share == 1.0
 
 
 def test_hook_of_the_caller_is_code_of_its_module():
@@ -555,7 +559,7 @@ def test_script_is_code_of_the_module_around_it():
 
 def test_tensors_in_what_modules_take_and_return():
     a, b = torch.ones(1), torch.ones(2)
-    assert [id(tensor) for tensor in tensors_in([a, {"b": (b, 3)}, Outputs(b, a), Outputs, "c", None])] == [
+    assert [id(tensor) for tensor in tensors_in([a, {"b": (b, 3)}, Outputs(b, a), LayerFormat, "c", None])] == [
         id(tensor) for tensor in (a, b, b, a)
     ]
 
