@@ -212,8 +212,8 @@ class FormatSummary:
             others = f" and {len(self.dense_gradients) - 1} more" if len(self.dense_gradients) > 1 else ""
             found.append(
                 "the gradient of a global average comes out contiguous, which makes rows of kind 'mixed' or 'hidden' "
-                f"(here that of {_name(self.dense_gradients[0])}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or `avg_pool3d` in 3D, "
-                "is the same average with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
+                f"(here that of {_name(self.dense_gradients[0])}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or "
+                "`avg_pool3d` in 3D, is the same with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
             )
         return found
 
