@@ -17,6 +17,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from channelslast.memory_format import (
+    VIEW_ERROR,
     conv_ndims,
     has_lazy_parameters,
     match_strides,
@@ -26,6 +27,7 @@ from channelslast.memory_format import (
     state_to_contiguous,
     supports_channels_last,
     to_memory_format,
+    with_wrapped,
 )
 from channelslast.precision import (
     AMPMode,
@@ -42,7 +44,7 @@ __all__ = ["ChannelsLast", "TrainFormat"]
 
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _VIEW_ERRORS = (
-    "view size is not compatible with input tensor's size and stride",
+    VIEW_ERROR,
     "Cannot view a tensor with shape",  # the compiler's words
 )
 
@@ -162,14 +164,12 @@ def _raised_in(error: BaseException, model: nn.Module) -> str:
 def _convert_model(learn: Learner, channels_last: bool) -> None:
     "Put the model of `learn`, its gradients and the optimizer state in channels last (or contiguous) format."
     module_to_memory_format(learn.model, channels_last)
-    opt = learn.opt
-    while opt is not None:  # fastai's Lookahead and OptimWrapper hold another optimizer as `opt`
+    for opt in with_wrapped(learn.opt):
         optimizer_to_memory_format(opt)
         if isinstance(opt, Lookahead) and opt.slow_weights is not None:
             for slow_weights, params in zip(opt.slow_weights, opt.param_lists):
                 for slow_weight, param in zip(slow_weights, params):
                     match_strides(slow_weight, param)
-        opt = vars(opt).get("opt")
 
 
 @patch

@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserString
-from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ __all__ = [
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _INNERMOST_FIRST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
 _CONV_NDIM = {nn.Conv2d: 4, nn.ConvTranspose2d: 4, nn.Conv3d: 5, nn.ConvTranspose3d: 5}
+
+# What PyTorch says of `.view` on a tensor whose strides do not allow it
+VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
 
 # MPS: batch norm and pooling of a channels last slice give wrong values (pytorch/pytorch#174345),
 # a convolution's gradient comes back in the wrong format (pytorch/pytorch#174269). Both open in PyTorch 2.10.
@@ -242,3 +245,12 @@ def optimizer_to_memory_format(
             for value in state.values():
                 match_strides(value, param)
     return optimizer
+
+
+def with_wrapped(
+    optimizer: Any,  # or None
+) -> Iterator[Any]:
+    "`optimizer` and those that it wraps as its attribute `opt`, as fastai's Lookahead and OptimWrapper do."
+    while optimizer is not None:
+        yield optimizer
+        optimizer = vars(optimizer).get("opt")

@@ -15,7 +15,7 @@ from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from channelslast.memory_format import has_lazy_parameters
+from channelslast.memory_format import has_lazy_parameters, with_wrapped
 from channelslast.precision import AutocastState, training_device
 
 __all__ = ["unchanged_learner", "unchanged_modules", "unchanged_tensors"]
@@ -53,7 +53,7 @@ def unchanged_learner(
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
     autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
-    with _unchanged(modules, [learn, *_optimizers(learn), *loaders, *samplers]):
+    with _unchanged(modules, [learn, *with_wrapped(learn.opt), *loaders, *samplers]):
         try:
             _use_copied_callbacks(learn)
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
@@ -172,18 +172,9 @@ class _Gradients:
             tensor.grad = grad
 
 
-def _optimizers(learn: Learner) -> Iterator[Any]:
-    "The optimizer of `learn`, and those that it wraps, as fastai's Lookahead and OptimWrapper do."
-    opt = learn.opt
-    while opt is not None:
-        yield opt
-        opt = vars(opt).get("opt")
-
-
 def _use_copied_callbacks(learn: Learner) -> None:
     "Replace the callbacks and metrics of `learn` by copies, the progress bar by none."
-    opts = list(_optimizers(learn))
-    shared = [learn, learn.dls, learn.loss_func, *opts, *getattr(learn.dls, "loaders", [])]
+    shared = [learn, learn.dls, learn.loss_func, *with_wrapped(learn.opt), *getattr(learn.dls, "loaders", [])]
     shared += [*learn.model.modules(), *learn.model.parameters(), *learn.model.buffers()]
     memo = {id(obj): obj for obj in shared}
     learn.metrics = [_copy(metric, memo) for metric in learn.metrics]

@@ -201,12 +201,14 @@ class FormatSummary:
     def hints(self) -> list[str]:
         "What to use in place of the operators that lose the format, where there is something."
         found = [_UNCONVERTED[self.unconverted]] if self.unconverted else []
+        lossy = {(layer.module, phase) for layer in self.layers for phase in layer.loses_in}
+        losses = [event for event in self.events if (event.module, event.phase) in lossy]
         for hint in _HINTS:
             if hint.device and not self.device.startswith(hint.device):
                 continue
             if hint.fixed_in and ismin_torch(hint.fixed_in):
                 continue
-            if any(self._matches(hint, event) for event in self.events):
+            if any(_matches(hint, event) for event in losses):
                 found.append(hint.text)
         if self.dense_gradients and self.events:
             others = f" and {len(self.dense_gradients) - 1} more" if len(self.dense_gradients) > 1 else ""
@@ -216,12 +218,6 @@ class FormatSummary:
                 "`avg_pool3d` in 3D, is the same with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
             )
         return found
-
-    def _matches(self, hint: _Hint, event: FormatEvent) -> bool:
-        "Whether `event` is the loss of a layer that `hint` is about."
-        loses = any(layer.module == event.module and event.phase in layer.loses_in for layer in self.losers)
-        of_kind = loses and event.kind in ("lost", "converted")
-        return of_kind and bool(re.search(hint.ops, event.op)) and bool(re.search(hint.cls, event.cls))
 
     def to_frame(self) -> pd.DataFrame:
         "The events as a pandas DataFrame, a row each, in the order of execution."
@@ -322,6 +318,11 @@ class FormatSummary:
         handles += ax.plot([], [], "v", color="crimson", label="loses channels last")
         ax.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
         return ax
+
+
+def _matches(hint: _Hint, event: FormatEvent) -> bool:
+    loses = event.kind in ("lost", "converted")
+    return loses and bool(re.search(hint.ops, event.op)) and bool(re.search(hint.cls, event.cls))
 
 
 def _heaviest_first(events: list[FormatEvent]) -> list[FormatEvent]:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from channelslast.memory_format import CHANNELS_LAST, is_channels_last
+from channelslast.memory_format import CHANNELS_LAST, VIEW_ERROR, is_channels_last
 
 __all__ = ["FormatEvent", "FormatTracer", "LayerFormat"]
 
@@ -36,7 +36,6 @@ _NEW = {
 }
 _GROUPS = 8  # position among the arguments of `aten.convolution`
 _HALF = (torch.float16, torch.bfloat16)
-_VIEW_ERROR = "view size is not compatible with input tensor's size and stride"
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class FormatTracer(TorchDispatchMode):
         return self._running_backward if self._is_backward.is_bw else None
 
     def _enter_module(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        images = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim in CHANNELS_LAST]
+        images = _images_in((args, kwargs))
         if self._calls:
             self._end_stretch(self._calls[-1], (args, kwargs), images)
             self._calls[-1].has_children = True
@@ -218,7 +217,7 @@ class FormatTracer(TorchDispatchMode):
         if not self._calls:  # a hook of the caller's raised before ours
             return
         call = self._calls[-1]
-        images = [tensor for tensor in tensors_in(output) if tensor.ndim in CHANNELS_LAST]
+        images = _images_in(output)
         self._end_stretch(call, output, images, is_last=True)
         self._remember(images)
         self._calls.pop()
@@ -268,27 +267,28 @@ class FormatTracer(TorchDispatchMode):
         stretch = _Stretch(call.name)
         nodes = self._own_nodes(values, stretch)
         own = set(nodes)
-        took = [
-            self._known[edge]
+        edges = [
+            (node, index, edge)
             for node in nodes
-            for edge in node.next_functions
+            for index, edge in enumerate(node.next_functions)
             if edge[0] not in own and edge in self._known
         ]
+        took = [self._known[edge] for _, _, edge in edges]
         if is_last and not call.has_children:
             took += call.inputs
         made = [tensor for tensor in images if not own or tensor.grad_fn in own]
         stretch.formats = set() if call.is_blind else {image.layout for image in took} - {None}
-        if self._loses(stretch.formats, took, made):
-            self._add_loss(call, stretch.formats, took, made)
+        if lost := self._loses(stretch.formats, took, made):
+            self._add_loss(call, lost)
         elif call.losses and not (stretch.formats == {"last"} and "last" in set(map(layout, made))):
             self._lost.append(call.name)
         elif is_last and call.has_children and len(self._lost) == call.n_lost:
             formats = {image.layout for image in call.inputs} - {None}
             computed = [tensor for tensor in images if tensor.grad_fn is not None] or images  # in place of constants
-            if self._loses(formats, call.inputs, computed):
-                self._add_loss(call, formats, call.inputs, computed)
+            if lost := self._loses(formats, call.inputs, computed):
+                self._add_loss(call, lost)
         if nodes:
-            self._watch_backward(stretch, made, nodes)
+            self._watch_backward(stretch, made, edges)
         call.losses, call.is_told, call.is_blind = 0, False, False
 
     def _loses(self, formats: set[str], took: list["_Image"], tensors: list[Tensor]) -> list[Tensor]:
@@ -298,10 +298,10 @@ class FormatTracer(TorchDispatchMode):
         shapes = [image.shape for image in took]
         return [tensor for tensor in tensors if layout(tensor) == "first" and _alike(tensor.shape, shapes)]
 
-    def _add_loss(self, call: "_Call", formats: set[str], took: list["_Image"], tensors: list[Tensor]) -> None:
+    def _add_loss(self, call: "_Call", tensors: list[Tensor]) -> None:
         self._lost.append(call.name)
         where = call.name, "forward"
-        for tensor in self._loses(formats, took, tensors):
+        for tensor in tensors:
             if not call.is_told:  # by an event of one of its operators; else the last one is named
                 self._add_event(where, self._ops.get(where, ""), "lost", tensor)
             self._write_image(where, tensor)
@@ -312,7 +312,12 @@ class FormatTracer(TorchDispatchMode):
         if where in self._ops and name != OUTSIDE and self._layer(name).share(phase) is None:
             self.layers[name].nbytes[phase, layout(tensor)] = _nbytes(tensor)
 
-    def _watch_backward(self, stretch: "_Stretch", made: list[Tensor], nodes: list[Node]) -> None:
+    def _watch_backward(
+        self,
+        stretch: "_Stretch",
+        made: list[Tensor],
+        edges: list[tuple[Node, int, tuple[Node, int]]],  # a node, and which of its gradients goes along the edge
+    ) -> None:
         "Compare the gradients that a stretch takes with those that it hands on to what was channels last."
         self._stretches.append(stretch)
 
@@ -325,11 +330,9 @@ class FormatTracer(TorchDispatchMode):
         for tensor in made:
             if tensor.grad_fn is not None:
                 self._handles.append(tensor.grad_fn.register_prehook(take(tensor.output_nr)))
-        own = set(nodes)
-        for node in nodes:
-            for index, edge in enumerate(node.next_functions):
-                if edge[0] not in own and edge in self._known and self._known[edge].layout == "last":
-                    self._handles.append(node.register_hook(give(index, edge)))
+        for node, index, edge in edges:
+            if self._known[edge].layout == "last":
+                self._handles.append(node.register_hook(give(index, edge)))
 
     def _give_gradient(self, stretch: "_Stretch", edge: tuple[Node, int], grad: Tensor | None) -> None:
         if grad is None or layout(grad) is None:
@@ -347,11 +350,11 @@ class FormatTracer(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
         except RuntimeError as error:
-            if _VIEW_ERROR in str(error):
+            if VIEW_ERROR in str(error):
                 self.error = self._where[0], str(func.overloadpacket), str(error)
                 self._error_id = id(error)
             raise
-        if any(tensor.ndim in CHANNELS_LAST for tensor in tensors_in(result)):
+        if _images_in(result):
             self._look_at(func, args, kwargs, result)
         elif last_copy and func.overloadpacket is torch.ops.aten._unsafe_view and args[0] is last_copy.result:
             self._forget_flattened(last_copy)
@@ -361,16 +364,14 @@ class FormatTracer(TorchDispatchMode):
 
     def _look_at(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name = str(func.overloadpacket).rpartition(".")[2]
-        operands = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim in CHANNELS_LAST]
+        operands = _images_in((args, kwargs))
         if name in _CONVOLUTIONS:
             self._look_at_convolution(func, args, operands, result)
             return
         if name in _NEW:
             return
         memory = {_memory(tensor) for tensor in tensors_in((args, kwargs))}
-        for tensor in tensors_in(result):
-            if tensor.ndim not in CHANNELS_LAST:
-                continue
+        for tensor in _images_in(result):
             in_place = any(tensor is operand for operand in operands)
             if in_place or _memory(tensor) not in memory:
                 self._look_at_result(func, name, operands, tensor, in_place)
@@ -541,6 +542,10 @@ def _iter_tensors(values: Any) -> Iterator[Tensor]:
         yield from _iter_tensors(list(values.values()))
     elif is_dataclass(values) and not isinstance(values, type):
         yield from _iter_tensors([getattr(values, each.name) for each in fields(values)])
+
+
+def _images_in(values: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST]
 
 
 def layout(
