@@ -42,7 +42,7 @@ from channelslast.precision import (
 
 __all__ = ["ChannelsLast", "TrainFormat"]
 
-_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _VIEW_ERRORS = (
     VIEW_ERROR,
     "Cannot view a tensor with shape",  # the compiler's words
@@ -62,8 +62,8 @@ class TrainFormat:
             raise ValueError(f"channels_last={self.channels_last!r}: pass True or False")
         if self.amp_mode is not None:
             object.__setattr__(self, "amp_mode", to_amp_mode(self.amp_mode).value)
-        if self.compile is not None and self.compile not in _COMPILE_MODES:
-            raise ValueError(f"compile={self.compile!r} does not exist: pass None or one of {_COMPILE_MODES}")
+        if self.compile is not None and self.compile not in COMPILE_MODES:
+            raise ValueError(f"compile={self.compile!r} does not exist: pass None or one of {COMPILE_MODES}")
 
     def __str__(self) -> str:
         words = ["channels last" if self.channels_last else "contiguous", self.amp_mode or "fp32"]
@@ -249,18 +249,19 @@ def _set_channels_last(learn: Learner, channels_last: bool) -> None:
         _convert_model(learn, channels_last=False)
 
 
-# The modules that `to_format` compiled: the mode, and the id of PyTorch's wrapper, which is another once the owner has
-# compiled anew. A pickled or deep-copied module is not compiled, and is not in here.
-_compiled: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
+# The mode of each wrapper with which `to_format` compiled a module. A pickled or deep-copied module has none.
+_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _wrapper(model: nn.Module) -> Any:
+    "PyTorch's wrapper around a module that is compiled in place; without one, or without its name, the module itself."
+    return getattr(model, "_compiled_call_impl", None) or model
 
 
 def _compile_mode(model: nn.Module) -> str | None:
     "The mode in which `model` is compiled in place, None for eager; 'default' where its owner compiled it."
-    wrapper = getattr(model, "_compiled_call_impl", None)
-    mode, compiled_as = _compiled.get(model, (None, None))
-    if compiled_as == id(wrapper):
-        return mode
-    return "default" if wrapper is not None else None
+    wrapper = _wrapper(model)
+    return _modes.get(wrapper, None if wrapper is model else "default")
 
 
 def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
@@ -268,11 +269,11 @@ def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
         return
     if mode is not None:
         model.compile(mode=mode)
-        _compiled[model] = mode, id(getattr(model, "_compiled_call_impl", None))
+        _modes[_wrapper(model)] = mode
         return
     model.compile(disable=True)
     vars(model).pop("_compiled_call_impl", None)  # what is left of it: a wrapper that does nothing
-    _compiled.pop(model, None)
+    _modes.pop(model, None)
 
 
 class _Portable:

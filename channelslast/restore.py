@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
 from torch import Tensor, nn
@@ -41,19 +42,23 @@ def unchanged_modules(
 @contextmanager
 def unchanged_learner(
     learn: Learner,
+    values: bool = True,  # False: what is written into tensors stays, which saves a copy of them
 ) -> Iterator[None]:
     """Put `learn` back afterwards, also after an exception.
 
     Its model and loss function as `unchanged_modules` does, optimizer, DataLoaders, autocast, random states, and its
     own attributes. Its callbacks and metrics stay untouched, for copies take their place in between; trackers and
-    loggers write nothing. A data set that is a stream does not go back.
+    loggers write nothing. A data set that is a stream does not go back. With `values=False` weights, buffers, optimizer
+    state and other tensors keep the values, memory and strides that they got.
     """
     loss_func = getattr(learn.loss_func, "func", learn.loss_func)  # fastai's losses wrap PyTorch's
     modules = [module for module in (learn.model, loss_func, learn.loss_func) if isinstance(module, nn.Module)]
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
     autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
-    with _unchanged(modules, [learn, *with_wrapped(learn.opt), *loaders, *samplers]):
+    made_before = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None
+    optimizers = [*with_wrapped(learn.opt), *with_wrapped(made_before)]
+    with _unchanged(modules, [learn, learn.dls, *optimizers, *loaders, *samplers], values):
         try:
             _use_copied_callbacks(learn)
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
@@ -78,11 +83,12 @@ def unchanged_tensors(
 
 
 @contextmanager
-def _unchanged(modules: Iterable[nn.Module], others: Iterable[Any]) -> Iterator[None]:
+def _unchanged(modules: Iterable[nn.Module], others: Iterable[Any], values: bool = True) -> Iterator[None]:
     if any(map(has_lazy_parameters, modules)):
         raise ValueError("The model has lazy parameters, which get their shape for good: run one forward pass before")
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    attributes = _Attributes([*others, *(child for module in modules for child in module.modules())], tensors)
+    attributes = _Attributes([*others, *(child for module in modules for child in module.modules())])
+    saved = _Values([*tensors, *attributes.tensors] if values else [])
     states = get_random_states()
     gradients = _Gradients(tensors)
     try:
@@ -90,23 +96,24 @@ def _unchanged(modules: Iterable[nn.Module], others: Iterable[Any]) -> Iterator[
     finally:
         set_random_states(**states)
         attributes.restore()
+        saved.restore()
         gradients.restore()
 
 
 class _Attributes:
-    "The attributes of objects, with the containers, tensors, arrays and random generators in them."
+    "The attributes of objects, with the containers, arrays and random generators in them; their tensors in `tensors`."
 
-    def __init__(self, objects: Iterable[Any], tensors: Iterable[Tensor]):
+    def __init__(self, objects: Iterable[Any]):
         self.attributes = [(vars(obj), dict(vars(obj))) for obj in objects if hasattr(obj, "__dict__")]
         self.containers: dict[int, tuple[Any, Any]] = {}
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.generators: list[tuple[Any, Any]] = []
-        tensors = list(tensors)
+        self.tensors: list[Tensor] = []
         todo = [value for _, saved in self.attributes for value in saved.values()]
         while todo:
             value = todo.pop()
             if isinstance(value, Tensor):
-                tensors.append(value)
+                self.tensors.append(value)
             elif isinstance(value, np.ndarray):
                 self.arrays.append((value, value.copy()))
             elif isinstance(value, random.Random):
@@ -123,7 +130,6 @@ class _Attributes:
             elif isinstance(value, (dict, list, set, deque)) and id(value) not in self.containers:
                 self.containers[id(value)] = value, copy.copy(value)
                 todo += value.values() if isinstance(value, dict) else value
-        self.values = _Values(tensors)
 
     def restore(self) -> None:
         for attributes, saved in self.attributes:
@@ -140,15 +146,14 @@ class _Attributes:
             array[...] = saved
         for set_state, state in self.generators:
             set_state(state)
-        self.values.restore()
 
 
 class _Values:
-    "Tensors with their memory and what is in it."
+    "Tensors with their memory and a copy, on the CPU, of what is in it."
 
     def __init__(self, tensors: Iterable[Tensor]):
         unique = {id(tensor): tensor for tensor in tensors}.values()
-        self.saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in unique]
+        self.saved = [(tensor, tensor.data, tensor.detach().to("cpu", copy=True)) for tensor in unique]
 
     @torch.no_grad()
     def restore(self) -> None:

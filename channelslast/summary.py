@@ -398,7 +398,7 @@ class _Observer:
             self.seconds.append(time.perf_counter() - self.started)
         self.running.close()
         if 0 < self.step == self.n_steps - 1:
-            self.gpu = _gpu_shares(self.profiler.events(), statistics.median(self.seconds[1:-1]))
+            self.gpu = gpu_shares(self.profiler.events(), statistics.median(self.seconds[1:-1]))
         self.step += 1
 
     def stopped_by(self, error: RuntimeError) -> bool:
@@ -454,7 +454,7 @@ def _view_advice(name: str, op: str, message: str, model: nn.Module) -> str:
     )
 
 
-def _gpu_shares(
+def gpu_shares(
     events: Any,  # of torch.profiler
     seconds: float,  # of a step without the profiler
 ) -> GpuShares:

@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import module_to_memory_format
-from channelslast.summary import _HINTS, _LAYOUT_KERNELS, _gpu_shares, format_summary
+from channelslast.summary import _HINTS, _LAYOUT_KERNELS, format_summary, gpu_shares
 
 
 @pytest.fixture
@@ -649,7 +649,7 @@ def test_gpu_shares_of_kernels_that_overlap():
         kernel("conv", 80, 110),
         kernel("cudaLaunchKernel", 0, 1000, DeviceType.CPU),
     ]
-    shares = _gpu_shares(events, seconds=180e-6)
+    shares = gpu_shares(events, seconds=180e-6)
     assert shares.layout == pytest.approx(20 / 100) and shares.busy == pytest.approx(90 / 180)
 
 

@@ -9,16 +9,13 @@ memory and the time of the conversion itself. The records beside this file are w
 """
 
 import json
-import platform
 import shlex
 import statistics
 import sys
 import time
 import warnings
-from datetime import date
 from functools import partial
 
-import fastai
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -27,13 +24,14 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam, OptimWrapper
+from fastai.optimizer import Adam
 from fastai.vision.models import xresnet
 from fastcore.script import call_parse
 from torch import nn
 from torch.amp import GradScaler, autocast
 
 from channelslast.callback import ChannelsLast
+from channelslast.cli import fused_adamw, made_with
 from channelslast.memory_format import module_to_memory_format, optimizer_to_memory_format
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,10 +61,6 @@ def new_model(arch: str) -> nn.Module:
     if hasattr(xresnet, arch):
         return getattr(xresnet, arch)(n_out=N_CLASSES)
     return torchvision.models.get_model(arch, weights=None, num_classes=N_CLASSES)
-
-
-def fused_adamw(params, **kwargs):
-    return OptimWrapper(params, partial(torch.optim.AdamW, fused=True), **kwargs)
 
 
 class LearnerLoop:
@@ -196,10 +190,7 @@ def main(
 
     fastest = {name: round(1000 * min(took) / n_batches, 3) for name, took in seconds.items()}
     result = {
-        "command": shlex.join(["python", "nbs/benchmarks/drop_in.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "fastai": fastai.__version__, "python": platform.python_version()},
+        **made_with(shlex.join(["python", "nbs/benchmarks/drop_in.py", *sys.argv[1:]]), device),
         "step": {name: summarise(took, n_batches) for name, took in seconds.items()},
         "fastest_round_ms": fastest,
         "throughput_vs_builtin": ratio("fastai built-in", "channelslast"),

@@ -16,19 +16,15 @@ import torch
 from fastai.callback import progress, schedule  # noqa: F401, the progress bar and `fit_one_cycle`
 from fastai.callback.core import Callback
 from fastai.data.external import fastai_path
-from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai.vision.augment import Resize
-from fastai.vision.core import imagenet_stats
-from fastai.vision.data import ImageDataLoaders, Normalize
 from fastcore.script import call_parse
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from channelslast.callback import TrainFormat
-from channelslast.cli import fail, new_model, spell_options, to_amp_mode, to_device
+from channelslast.cli import fail, image_folder, new_dls, new_model, spell_options, to_amp_mode, to_device
 from channelslast.precision import training_device
 
 
@@ -50,28 +46,10 @@ def digits_folder() -> Path:
     return folder
 
 
-def image_folder(path: str | None) -> Path:
+def images_in(path: str | None) -> Path:
     if path is None:
         return digits_folder()
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        fail(f"--path {path}: there is no such folder")
-    if not get_image_files(folder):
-        fail(f"--path {path}: there are no images in it or below")
-    return folder
-
-
-def new_dls(folder: Path, size: int, bs: int, device: torch.device) -> ImageDataLoaders:
-    "One class for each folder of images; a fifth to validate on where there is no folder `valid`."
-    split = {} if (folder / "train").is_dir() and (folder / "valid").is_dir() else {"valid_pct": 0.2, "seed": 42}
-    return ImageDataLoaders.from_folder(
-        folder,
-        item_tfms=Resize(size),
-        batch_tfms=Normalize.from_stats(*imagenet_stats),
-        bs=bs,
-        device=device,
-        **split,
-    )
+    return image_folder(path)
 
 
 class Throughput(Callback):
@@ -121,13 +99,9 @@ def main(
             fail(f"--{name} {value}: pass a number above 0")
     torch_device = to_device(device)
     mode = to_amp_mode(amp_mode, torch_device)
-    folder = image_folder(path)
+    folder = images_in(path)
     set_seed(42)
     dls = new_dls(folder, size, bs, torch_device)
-    if dls.c < 2:
-        fail(f"--path {path}: all images are of one class; put each class into a folder of its own")
-    if not len(dls.train):
-        fail(f"--bs {bs}: there are {len(dls.train_ds)} images to train on; pass a number up to that")
     throughput = Throughput()
     learn = Learner(dls, new_model(arch, dls.c, kind="classification"), metrics=accuracy, cbs=throughput)
     try:

@@ -1,0 +1,590 @@
+"Measure a Learner's own training step in each format, and choose the fastest."
+
+import gc
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import cycle
+from math import isfinite
+from numbers import Real
+from operator import methodcaller
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.distributed import DistributedTrainer
+from fastai.learner import Learner
+from fastai.torch_core import find_bs, get_model, rank_distrib, to_device
+from fastcore.basics import patch
+from fastprogress.fastprogress import progress_bar
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+from channelslast.callback import TrainFormat
+from channelslast.memory_format import _check, conv_ndims, module_ndims, supports_channels_last, with_wrapped
+from channelslast.precision import AMPMode, accelerated_dtypes, autocast_dtype, training_device
+from channelslast.restore import unchanged_learner
+from channelslast.summary import gpu_shares
+from channelslast.timings import FormatTiming, FormatTimings, shorten
+from channelslast.trace import tensors_in
+
+__all__ = ["FormatTiming", "FormatTimings"]
+
+BUDGET = 27.0  # seconds
+_N_ROUNDS = 10  # more time makes them longer, which makes their medians steadier
+_FEW_ROUNDS = 5  # where more would go by with all but timed steps
+_MIN_ROUNDS = 3  # fewer have no spread
+_N_BATCHES = 4  # to train on, over and over
+
+
+# The candidates
+
+
+def _formats_to_try(learn: Learner, formats: Iterable[TrainFormat] | None, compile: bool) -> list[TrainFormat]:
+    "The format of the Learner, and those asked for; with `compile` these compiled too."
+    device, start = training_device(learn), learn.train_format
+    if formats is None:
+        modes = {torch.float16: AMPMode.FP16.value, torch.bfloat16: AMPMode.BF16.value}
+        amp_modes = [None, *(modes[dtype] for dtype in accelerated_dtypes(device))]
+        has_images = bool(module_ndims(learn.model) or conv_ndims(learn.model)) and supports_channels_last(device)
+        both = (False, True) if has_images else (False,)
+        formats = [TrainFormat(last, amp_mode, start.compile) for amp_mode in amp_modes for last in both]
+    formats = list(formats)
+    if compile:
+        modes = (None, "default", "reduce-overhead") if device.type == "cuda" else (None, "default")
+        formats += [replace(fmt, compile=mode) for mode in modes for fmt in formats]
+    return list(dict.fromkeys(formats if start in formats else [start, *formats]))
+
+
+class Candidate:
+    "A format on its way through the search."
+
+    def __init__(
+        self,
+        fmt: TrainFormat,
+        prepare: Callable[[Learner], Any] | None = None,  # puts a Learner into it; None: `Learner.to_format`
+        error: str | None = None,  # why not to try it
+        is_choice: bool = True,  # False: timed for comparison alone
+    ):
+        self.row = FormatTiming(fmt, error=error)
+        self.is_choice = is_choice
+        self.prepare = prepare or methodcaller("to_format", fmt)
+        self.scaler_state: dict[str, Any] = {}
+        self.step_s = self.overhead_s = 0.0
+
+
+def new_candidates(
+    learn: Learner,
+    formats: Iterable[TrainFormat] | None = None,
+    compile: bool = False,
+) -> list[Candidate]:
+    "The candidates of `Learner.format_find`."
+    device = training_device(learn)
+    return [Candidate(fmt, error=_cannot_train(fmt, device)) for fmt in _formats_to_try(learn, formats, compile)]
+
+
+def _check_formats(formats: Any) -> list[TrainFormat] | None:
+    legal = "pass a list of TrainFormat, or None for all that the device accelerates"
+    if formats is None:
+        return None
+    if isinstance(formats, (str, TrainFormat)) or not isinstance(formats, Iterable):
+        raise TypeError(f"formats={formats!r} is no list: {legal}")
+    formats = list(formats)
+    if not formats:
+        raise ValueError(f"formats={formats!r} is empty: {legal}")
+    for fmt in formats:
+        if not isinstance(fmt, TrainFormat):
+            raise TypeError(f"formats holds {fmt!r}, which is no TrainFormat: {legal}")
+    return formats
+
+
+def _check_budget(budget: Any) -> None:
+    is_number = isinstance(budget, Real) and not isinstance(budget, bool)
+    if budget is not None and not (is_number and isfinite(budget) and budget > 0):
+        raise ValueError(f"budget={budget!r}: pass a number of seconds above 0, or None")
+
+
+def _cannot_train(fmt: TrainFormat, device: torch.device) -> str | None:
+    "Why the device would train in another format than `fmt`."
+    if fmt.channels_last and not supports_channels_last(device):
+        return f"channels last is not reliable on the device '{device}'"
+    if fmt.amp_mode is None:
+        return None
+    try:
+        dtype, why = autocast_dtype(fmt.amp_mode, device)
+    except ValueError as error:
+        return str(error)
+    return None if str(dtype) == f"torch.{dict(fp16='float16', bf16='bfloat16')[fmt.amp_mode]}" else why
+
+
+def _is_in_a_fit(learn: Learner) -> bool:
+    "Whether `learn` is training or predicting, further up in what calls this. (fastai keeps no record of it.)"
+    loops = {vars(Learner)[name].__code__ for name in ("fit", "validate", "get_preds")}
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in loops and frame.f_locals.get("self") is learn:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# The data
+
+
+class _Endless:
+    "Batches over and over, as a DataLoader that has no end."
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return cycle(self.batches)
+
+    def __len__(self) -> int:
+        return 1_000_000  # how far a fit has got is told by this
+
+
+def _load_batches(learn: Learner, seconds: float) -> tuple[list[Any], float]:
+    "The first batches of the training data that are of one shape, on the device; and the items a second that come."
+    if not getattr(learn.dls, "loaders", None):
+        raise ValueError("learn.dls holds no training data: pass a Learner with at least one batch to train on")
+    device = training_device(learn)
+    batches, n_items = [], 0
+    started = time.perf_counter()
+    for batch in learn.dls.train:
+        n_items += find_bs(batch)
+        if len(batches) < _N_BATCHES and (not batches or _shapes(batch) == _shapes(batches[0])):
+            batches.append(batch)
+        if time.perf_counter() - started > seconds:
+            break
+    if not batches:
+        raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
+    _synchronize(device)
+    items_per_s = n_items / (time.perf_counter() - started)
+    return [to_device(batch, device) for batch in batches], items_per_s
+
+
+def _shapes(batch: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_in(batch)]
+
+
+# The clock
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif hasattr(getattr(torch, device.type, None), "synchronize"):
+        getattr(torch, device.type).synchronize()
+
+
+class _Clock:
+    "Marks the time, on a CUDA GPU by events in its stream, elsewhere once the device is done."
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.marks.append(event)
+        else:
+            _synchronize(self.device)
+            self.marks.append(time.perf_counter())
+
+    def ms(self) -> list[float]:
+        "Milliseconds between the marks."
+        pairs = list(zip(self.marks, self.marks[1:]))
+        if self.device.type == "cuda":
+            self.marks[-1].synchronize()
+            return [first.elapsed_time(second) for first, second in pairs]
+        return [1000 * (second - first) for first, second in pairs]
+
+
+class _Done(BaseException):
+    "Ends a fit without the events that follow one. (fastai rewrites an `Exception` of a callback.)"
+
+
+class _TimedSteps(Callback):
+    "Train on the same few batches, mark the time after each step, and end the fit when there are enough."
+
+    order = float("inf")  # after all that belongs to a step
+
+    def __init__(self, batches: list[Any], device: torch.device, scaler_state: dict[str, Any]):
+        self.batches, self.scaler_state = batches, scaler_state
+        self.clock = _Clock(device)
+
+    def before_fit(self):
+        scaler = getattr(self.learn, "scaler", None)
+        if scaler is not None and self.scaler_state:
+            scaler.load_state_dict(self.scaler_state)  # else each round would begin with steps that overflow
+
+    def before_train(self):
+        self.learn.dl = _Endless(self.batches)
+
+    def before_batch(self):
+        if not self.clock.marks:
+            self.shapes = [tuple(tensor.shape) for tensor in tensors_in(self.xb)]
+            self.mark()
+
+    def after_batch(self):
+        self.mark()
+        if self.has_enough():
+            scaler = getattr(self.learn, "scaler", None)
+            self.scaler_state = scaler.state_dict() if scaler is not None else {}
+            raise _Done()
+
+    def mark(self):
+        self.clock.mark()
+
+
+class _WarmUp(_TimedSteps):
+    "Train until a step is hardly faster than the one before."
+
+    def __init__(self, *args: Any, agree: Callable):
+        super().__init__(*args)
+        self.agree = agree
+
+    def has_enough(self) -> bool:
+        ms = self.clock.ms()
+        is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
+        return self.agree(min, is_steady) or len(ms) >= 12
+
+    def steps_ms(self) -> list[float]:
+        return self.clock.ms()[-1:]
+
+
+class _Round(_TimedSteps):
+    "Time `n` steps after `n_lead` that are not timed, and take the GPU's peak memory in them."
+
+    def __init__(self, *args: Any, n_lead: int, n: int):
+        super().__init__(*args)
+        self.n_lead, self.n = n_lead, n
+        self.peak_bytes = None
+
+    def mark(self):
+        on_cuda = self.clock.device.type == "cuda"
+        if on_cuda and len(self.clock.marks) == self.n_lead:
+            torch.cuda.reset_peak_memory_stats(self.clock.device)
+        super().mark()
+        if on_cuda and self.has_enough():
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.clock.device)
+
+    def has_enough(self) -> bool:
+        return len(self.clock.marks) > self.n_lead + self.n
+
+    def steps_ms(self) -> list[float]:
+        return self.clock.ms()[self.n_lead :]
+
+
+class _ProfiledStep(_Round):
+    "Profile the GPU's kernels in one step."
+
+    def __init__(self, *args: Any, n_lead: int, running: ExitStack):
+        super().__init__(*args, n_lead=n_lead, n=1)
+        self.running = running  # the profiler, which an interrupt closes
+
+    def mark(self):
+        if len(self.clock.marks) == self.n_lead:
+            torch.cuda.synchronize(self.clock.device)
+            self.profiler = self.running.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CUDA]))
+        super().mark()
+        if self.has_enough():
+            torch.cuda.synchronize(self.clock.device)
+            self.running.close()
+
+
+# The search
+
+
+class _Search:
+    "Times candidates in interleaved rounds, on a Learner that its caller restores."
+
+    def __init__(self, learn: Learner, candidates: list[Candidate], budget: float | None, progress: Callable):
+        self.learn, self.candidates, self.progress = learn, candidates, progress
+        self.device = training_device(learn)
+        self.is_distributed = any(isinstance(cb, DistributedTrainer) for cb in learn.cbs)
+        self.budget = budget
+        self.started = time.perf_counter()
+        self.uncounted = 0.0  # seconds of compilation
+        self.n_steps = 1
+        self.originals = _cuda_tensors(learn)
+
+    @property
+    def running(self) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if not candidate.row.error]
+
+    def agree(self, choose: Callable, value: Any) -> Any:
+        "The same for all processes of distributed training: what `choose` makes of the `value` of each."
+        if not self.is_distributed:
+            return value
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return choose(values)
+
+    def spent(self) -> float:
+        "Seconds of the budget."
+        return self.agree(max, time.perf_counter() - self.started - self.uncounted)
+
+    def run(self) -> None:
+        seconds = self.budget or BUDGET
+        self.batches, items_per_s = _load_batches(self.learn, min(2.0, seconds / 10))
+        self.data_items_per_s = self.agree(sum, items_per_s)
+        self.n_items = self.agree(sum, find_bs(self.batches[0]))
+        for candidate in self.running:
+            self.progress(self.spent() / seconds, f"warm-up: {candidate.row.format}")
+            self.warm_up(candidate)
+            self.check_budget()
+        self.check_any()
+        self.check_budget(is_warm=True)
+        self.choose_n_steps(seconds - self.spent())
+        n_rounds, spent, took = 0, self.spent(), 0.0
+        while n_rounds < _MIN_ROUNDS or spent + 0.5 * took < seconds:  # the nearest number of rounds
+            for candidate in self.running:
+                self.progress(self.spent() / seconds, str(candidate.row.format))
+                self.time(candidate)
+            n_rounds += 1
+            self.check_any()
+            took = self.spent() - spent
+            spent += took
+
+    def check_any(self) -> None:
+        if not self.running:
+            reasons = "; ".join(f"{candidate.row.format}: {candidate.row.error}" for candidate in self.candidates)
+            raise RuntimeError(f"No format can train this Learner. {reasons}")
+
+    def warm_up(self, candidate: Candidate) -> None:
+        started = time.perf_counter()
+        steps = self.fit(candidate, _WarmUp, agree=self.agree)
+        took = time.perf_counter() - started
+        if candidate.row.format.compile:
+            self.uncounted += took
+        if steps:
+            ms = steps.clock.ms()
+            candidate.step_s = self.agree(max, ms[-1] / 1000)
+            candidate.overhead_s = self.agree(max, took - sum(ms) / 1000)
+            candidate.row.warmup_s = took
+            self.shapes = steps.shapes
+
+    def check_budget(self, is_warm: bool = False) -> None:
+        "Raise an error where the budget is used up; once all are warm, where it cannot hold the fewest rounds."
+        if self.budget is None:
+            return
+        warm = [candidate for candidate in self.running if candidate.step_s]
+        spent, rounds = self.spent(), _MIN_ROUNDS * self.round_s(warm, 1)
+        if spent > self.budget or (is_warm and spent + rounds > self.budget):
+            n = len(self.running)
+            needed = (spent + rounds) * n / max(1, len(warm))
+            raise ValueError(
+                f"budget={self.budget!r} seconds cannot hold {_MIN_ROUNDS} timed steps of {n} formats: pass at least "
+                f"{needed * 1.2:.2g}, None, or fewer formats"
+            )
+
+    def n_lead(self, candidate: Candidate) -> int:
+        "Steps of a round before the first timed one."
+        if self.device.type != "cuda":
+            return 1  # makes the optimizer's state
+        return (
+            4 if candidate.row.format.compile == "reduce-overhead" else 2
+        )  # graphs of moved weights; filling the queue
+
+    def round_s(self, candidates: list[Candidate], n_steps: int) -> float:
+        "Seconds that a round of `candidates` takes, about."
+        overhead_s = min((candidate.overhead_s for candidate in candidates), default=0.0)  # the first one's is higher
+        return sum(overhead_s + (self.n_lead(c) + n_steps) * c.step_s for c in candidates)
+
+    def choose_n_steps(self, seconds: float) -> None:
+        "Steps in a round, so that `seconds` hold `_N_ROUNDS`; `_FEW_ROUNDS` if else most of the time were not timed."
+        untimed_s = self.round_s(self.running, 0)
+        timed_s = seconds / _N_ROUNDS - untimed_s
+        if timed_s < untimed_s:
+            timed_s = seconds / _FEW_ROUNDS - untimed_s
+        self.n_steps = max(1, int(timed_s / sum(candidate.step_s for candidate in self.running)))
+
+    def time(self, candidate: Candidate) -> None:
+        steps = self.fit(candidate, _Round, n_lead=self.n_lead(candidate), n=self.n_steps)
+        if steps:
+            candidate.row.samples.append(self.agree(max, statistics.median(steps.steps_ms())))
+            if steps.peak_bytes is not None:
+                moved = sum(size for tensor, memory, size in self.originals if tensor.data_ptr() != memory)
+                peak_bytes = self.agree(max, steps.peak_bytes - moved)
+                candidate.row.peak_bytes = max(candidate.row.peak_bytes or 0, peak_bytes)
+
+    def fit(self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any) -> _TimedSteps | None:
+        "Train some steps; None, and the reason in the candidate's row, where that fails."
+        error = None
+        try:
+            with unchanged_learner(self.learn, values=False):
+                candidate.prepare(self.learn)
+                steps = new_steps(self.batches, self.device, candidate.scaler_state, **kwargs)
+                try:
+                    self.learn.fit(1, lr=0, cbs=steps)
+                    raise RuntimeError("a callback of the Learner cancelled the fit before it had trained enough steps")
+                except _Done:
+                    candidate.scaler_state = steps.scaler_state
+        except Exception as raised:
+            error = shorten(f"{type(raised).__name__}: {raised}", 300)
+        error = self.agree(_first_error, error)
+        if error:
+            candidate.row.error = error
+            candidate.row.samples.clear()
+            gc.collect()  # what the traceback held
+        self.give_back_memory(is_all=error is not None or new_steps is _WarmUp)
+        return None if error else steps
+
+    def give_back_memory(self, is_all: bool) -> None:
+        "Return memory that PyTorch keeps for the next allocation to the GPU, where much has piled up."
+        if self.device.type != "cuda":
+            return
+        needed = max((candidate.row.peak_bytes or 0 for candidate in self.running), default=0)
+        if is_all or torch.cuda.memory_reserved(self.device) > 1.2 * needed:
+            torch.cuda.empty_cache()
+
+    def timings(self, start: TrainFormat) -> FormatTimings:
+        "The result, once all rounds are done."
+        rows = [candidate.row for candidate in self.candidates]
+        for row in rows:
+            row.items_per_s = 1000 * self.n_items / row.ms
+        timings = FormatTimings(
+            rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
+            start=start,
+            data_items_per_s=self.data_items_per_s,
+            busy=None,
+            model=type(get_model(self.learn.model)).__name__,
+            device=device_name(self.device),
+            shapes=self.shapes,
+            n_steps=self.n_steps,
+        )
+        for row in rows:
+            row.speedup = timings.row(start).ms / row.ms
+        timings.busy = self.busy(next(c for c in self.candidates if c.row is timings.best_row))
+        return timings
+
+    def busy(self, candidate: Candidate) -> float | None:
+        "The share of a step in which the GPU runs any kernel."
+        if self.device.type != "cuda":
+            return None
+        with ExitStack() as running:
+            steps = self.fit(candidate, _ProfiledStep, n_lead=self.n_lead(candidate), running=running)
+        shares = steps and gpu_shares(steps.profiler.events(), candidate.row.ms / 1000)
+        return (
+            self.agree(max, shares.busy if shares else 0.0) or None
+        )  # no kernel seen: the profiler does not work here
+
+
+def _first_error(errors: list[str | None]) -> str | None:
+    return next(filter(None, errors), None)
+
+
+def _cuda_tensors(learn: Learner) -> list[tuple[Tensor, int, int]]:
+    "The weights, buffers and optimizer state of `learn` on a GPU, with their address and their size in bytes."
+    states = [state for opt in with_wrapped(learn.opt) for state in getattr(opt, "state", {}).values()]
+    tensors = [*learn.model.parameters(), *learn.model.buffers(), *tensors_in(states)]
+    return [(tensor, tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_cuda]
+
+
+def device_name(
+    device: torch.device,
+) -> str:
+    "What a record calls `device`: the GPU's name, or the CPU with its threads."
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+@contextmanager
+def _compiling(is_on: bool) -> Iterator[None]:
+    """Room for the compiled forms of many candidates, each of them as if it were the first; afterwards none is left.
+
+    By default PyTorch compiles a function 8 times and then runs it eagerly, and takes what differs the second time (the
+    strides of an image) for dynamic.
+    """
+    if not is_on:
+        yield
+        return
+    limit = "recompile_limit" if hasattr(torch.compiler.config, "recompile_limit") else "cache_size_limit"
+    has_names = hasattr(torch.compiler.config, limit)  # PyTorch 2.8; before, only the compiler's own module has them
+    config = torch.compiler.config if has_names else torch._dynamo.config
+    torch.compiler.reset()
+    with config.patch({limit: 1000, "automatic_dynamic_shapes": False}):
+        try:
+            yield
+        finally:
+            torch.compiler.reset()  # else they would count against the limit; and CUDA graphs hold memory
+            gc.collect()
+
+
+@contextmanager
+def _progress_bar(learn: Learner) -> Iterator[Callable[[float, str], None]]:
+    "fastai's progress bar, where `learn` shows one: a function that takes a share between 0 and 1, and a comment."
+    if rank_distrib() or not any(isinstance(cb, ProgressCallback) for cb in learn.cbs):
+        yield lambda share, comment: None
+        return
+    bar = progress_bar(range(100), leave=False)
+    bar.update(0)
+
+    def update(share: float, comment: str) -> None:
+        bar.comment = comment
+        bar.update(max(1, min(99, int(100 * share))))
+
+    try:
+        yield update
+    finally:
+        bar.on_iter_end()
+
+
+@patch
+def format_find(
+    self: Learner,
+    formats: Iterable[TrainFormat] | None = None,  # candidates; None: both formats, in all that the device accelerates
+    compile: bool = False,  # also try each compiled by PyTorch
+    show_plot: bool = True,  # draw the bars
+    budget: float | None = None,  # seconds to take, compilation not counted; None: 27, more if steps are slow
+) -> FormatTimings:
+    """Time a training step of this Learner in each format, and tell which to train in.
+
+    The steps are the Learner's own: model, loss, optimizer (at a learning rate of 0) and callbacks, on a few batches of
+    its training data, which are on the device already. The format that the Learner has is always a candidate. One that
+    fails becomes a row with the reason. Afterwards the Learner is as before, also when the search is interrupted;
+    trackers and loggers write nothing. (Data that come as a stream, without a way back, have gone on.)
+
+    `learn.to_format(learn.format_find().best)` uses the result. With `compile=True` all that PyTorch has compiled in
+    this process is dropped, and compiled again when it is used.
+
+    Raises `TypeError` and `ValueError` for `formats`, `compile`, `show_plot` or a `budget` that cannot be, without
+    training data, and in the middle of a fit; `RuntimeError` with the reasons where no candidate can train.
+    """
+    formats = _check_formats(formats)
+    _check("compile", compile, bool)
+    _check("show_plot", show_plot, bool)
+    _check_budget(budget)
+    if _is_in_a_fit(self):
+        raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
+    timings = find_format(self, new_candidates(self, formats, compile), budget)
+    if not rank_distrib():
+        print(timings)
+        if show_plot:
+            timings.plot()
+    return timings
+
+
+def find_format(
+    learn: Learner,
+    candidates: list[Candidate],
+    budget: float | None = None,  # seconds, see `Learner.format_find`
+    start: TrainFormat | None = None,  # with which the others are compared; None: that of `learn`
+) -> FormatTimings:
+    "Time `candidates` on `learn`, and leave it as it was."
+    start = start or learn.train_format
+    is_compiling = any(candidate.row.format.compile for candidate in candidates)
+    with _progress_bar(learn) as progress, unchanged_learner(learn), _compiling(is_compiling):
+        search = _Search(learn, candidates, budget, progress)
+        search.run()
+        return search.timings(start)

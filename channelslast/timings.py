@@ -1,0 +1,251 @@
+"What `format_find` measured: a table, a picture, and the format to train in."
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import isnan, nan
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from channelslast.callback import TrainFormat
+
+__all__ = ["FormatTiming", "FormatTimings"]
+
+_BUSY = 0.9  # of the step: above, the GPU is what limits it
+
+
+@dataclass
+class FormatTiming:
+    "A candidate: the training step of a Learner in one format."
+
+    format: TrainFormat
+    samples: list[float] = field(default_factory=list, repr=False)  # median milliseconds of a step in each round
+    items_per_s: float = nan  # images, or what else a batch holds; of all processes
+    speedup: float = nan  # against the format that the Learner had
+    peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA)
+    warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
+    error: str | None = None  # why this candidate could not train
+
+    @property
+    def ms(self) -> float:
+        "Median of a training step, in milliseconds; nan for a candidate that could not train."
+        return statistics.median(self.samples) if self.samples else nan
+
+    @property
+    def iqr(self) -> float:
+        "Interquartile range of the rounds' medians, in milliseconds."
+        return _iqr(self.samples) if self.samples else nan
+
+
+def _iqr(samples: Sequence[float]) -> float:
+    low, high = np.percentile(samples, (25, 75))
+    return float(high - low)
+
+
+@dataclass(eq=False)
+class FormatTimings(Sequence):
+    """The candidates of `Learner.format_find`, a `FormatTiming` each, in the order in which they were named.
+
+    Printing it gives a table, `to_frame` a pandas DataFrame, `plot` a picture, and `best` the format to train in.
+    """
+
+    rows: list[FormatTiming]
+    start: TrainFormat  # the format that the Learner had
+    data_items_per_s: float  # what the training DataLoader yields, without training
+    busy: float | None  # share of the best step in which the GPU ran any kernel; None where that is not known
+    model: str  # class of the model
+    device: str
+    shapes: list[tuple[int, ...]]  # of the model's inputs
+    n_steps: int  # in each round
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> FormatTiming:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        return f"FormatTimings(best={self.best!r})"
+
+    @property
+    def best(self) -> TrainFormat:
+        """The fastest format; among those that are not slower beyond the noise, the one that changes least.
+
+        One format is faster than another if the median of the differences, round by round, is larger than the spread:
+        the interquartile range of the differences, or the larger one of both formats where that is smaller. Whatever is
+        not faster than the format the Learner had is out.
+        """
+        return self.best_row.format
+
+    @property
+    def best_row(self) -> FormatTiming:
+        "The row of `best`."
+        start = self.row(self.start)
+        able = [row for row in self.rows if not row.error]
+        able = [row for row in able if row is start or start.error or _is_faster(row, start)]
+        fastest = min(able, key=lambda row: row.ms)
+        equal = [row for row in able if not _is_faster(fastest, row)]
+        return min(equal, key=lambda row: (_n_changes(self.start, row.format), row.ms))
+
+    def row(
+        self,
+        fmt: TrainFormat,
+    ) -> FormatTiming | None:
+        "The row of `fmt`, None where it was no candidate."
+        return next((row for row in self.rows if row.format == fmt), None)
+
+    @property
+    def format_gain(self) -> float | None:
+        "How many times as fast as contiguous channels last is, all else as in `best`; None where that was not timed."
+        last, first = (self.row(replace(self.best, channels_last=channels_last)) for channels_last in (True, False))
+        if last is None or first is None or last.error or first.error:
+            return None
+        return first.ms / last.ms
+
+    @property
+    def limit(self) -> str:
+        "What limits the best step: 'data', 'python' (and launches), 'gpu', or 'device' where only that is known."
+        if self.data_items_per_s < self.best_row.items_per_s:
+            return "data"
+        if self.busy is None:
+            return "device"
+        return "gpu" if self.busy >= _BUSY else "python"
+
+    @property
+    def verdict(self) -> str:
+        "One line: what to do, what limits the step, and what the format alone gave."
+        best = self.best_row
+        if best.format == self.start:
+            words = f"Stay in {best.format}, nothing is faster beyond the noise: `{best.format.code}`."
+        elif isnan(best.speedup):
+            words = f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
+        else:
+            words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}."
+        return f"{words} {self._limit_words()}{self._gain_words()}"
+
+    def _limit_words(self) -> str:
+        busy = "" if self.busy is None else f" (busy {self.busy:.0%} of the step)"
+        python = f"Python and launches limit it, the GPU waits{busy}"
+        if not any(row.format.compile for row in self.rows):
+            python += "; `compile=True` also tries what PyTorch's compiler makes of it"
+        return {
+            "data": "Data loading limits it",
+            "python": python,
+            "gpu": f"The GPU limits it{busy}",
+            "device": f"The device '{self.device}' limits it",
+        }[self.limit] + "."
+
+    def _gain_words(self) -> str:
+        gain, best = self.format_gain, self.best
+        if gain is None:
+            return ""
+        rest = str(best).removeprefix("channels last ").removeprefix("contiguous ")
+        return f" The format alone gives {gain:.2f} times (channels last against contiguous, {rest})."
+
+    def to_frame(self) -> pd.DataFrame:
+        "The rows as a pandas DataFrame."
+        return pd.DataFrame(
+            {
+                "format": str(row.format),
+                **vars(row.format),
+                **{name: getattr(row, name) for name in ("ms", "iqr", "items_per_s", "speedup")},
+                **{name: getattr(row, name) for name in ("peak_bytes", "warmup_s", "error")},
+            }
+            for row in self.rows
+        )
+
+    def __str__(self) -> str:
+        lines = [self._header(), *self._table(), "", textwrap.fill(self.verdict, 110, subsequent_indent="  ")]
+        return "\n".join([*self._data_warning(), *lines])
+
+    def _data_warning(self) -> list[str]:
+        if self.limit != "data":
+            return []
+        text = (
+            f"The data pipeline yields {self.data_items_per_s:,.0f} items a second, the best step could take "
+            f"{self.best_row.items_per_s:,.0f}: no format will help before data come faster."
+        )
+        return [textwrap.fill(text, 110), ""]
+
+    def _header(self) -> str:
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes)
+        n_rounds = max(len(row.samples) for row in self.rows)
+        steps = "a step" if self.n_steps == 1 else f"{self.n_steps} steps"
+        return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"
+
+    def _table(self) -> list[str]:
+        width = max(24, *(len(str(row.format)) for row in self.rows))
+        on_gpu = any(row.peak_bytes is not None for row in self.rows)
+        head = f"{'Format':<{width}} {'ms':>8} {'IQR':>7} {'items/s':>9} {'speedup':>8}"
+        head += f" {'peak GB':>8}" if on_gpu else ""
+        head += f" {'warm-up s':>10} "
+        lines = []
+        for row in self.rows:
+            if row.error:
+                lines.append(f"{row.format!s:<{width}} {shorten(row.error)}")
+                continue
+            line = f"{row.format!s:<{width}} {row.ms:>8.2f} {row.iqr:>7.2f} {row.items_per_s:>9,.0f}"
+            line += f" {'' if isnan(row.speedup) else f'{row.speedup:.2f}':>8}"
+            if on_gpu:
+                line += f" {row.peak_bytes / 1e9:>8.2f}"
+            lines.append(f"{line} {row.warmup_s:>10.1f}  {', '.join(self._marks(row))}".rstrip())
+        rule = "=" * max(len(head), *map(len, lines))
+        return [rule, head.rstrip(), rule, *lines, rule]
+
+    def _marks(self, row: FormatTiming) -> list[str]:
+        return [word for word, fmt in (("now", self.start), ("best", self.best)) if row.format == fmt]
+
+    def plot(
+        self,
+        ax: Axes | None = None,  # where to draw, a new figure if None
+    ) -> Axes:
+        "Draw a bar for each candidate: the median step, with its interquartile range."
+        if ax is None:
+            _, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(self)), layout="constrained")
+        longest = max(row.ms for row in self.rows if not row.error)
+        for i, row in enumerate(self.rows):
+            if row.error:
+                ax.text(longest * 0.01, i, shorten(row.error, 70), va="center", fontsize=8, color="dimgray")
+                continue
+            quartiles = np.percentile(row.samples, (25, 75))
+            spread = [[max(0, row.ms - quartiles[0])], [max(0, quartiles[1] - row.ms)]]
+            marks = self._marks(row)
+            color = (0.16, 0.58, 0.53) if "best" in marks else (0.93, 0.58, 0.22) if marks else "0.75"
+            ax.barh(i, row.ms, color=color, xerr=spread, ecolor="0.3", capsize=2)
+            words = ", ".join(([] if isnan(row.speedup) else [f"{row.speedup:.2f}x"]) + marks)
+            ax.text(quartiles[1], i, f"  {words}", va="center")
+        data_ms = self._data_ms()
+        if data_ms > longest / 20:
+            ax.axvline(data_ms, color="crimson", linestyle="--", label="data loading alone")
+            ax.legend(loc="lower right", frameon=False)
+        ax.set(yticks=range(len(self)), yticklabels=[str(row.format) for row in self.rows])
+        ax.set(xlabel="ms a training step", xlim=(0, 1.25 * max(longest, data_ms)))
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(f"{self.model} on {self.device}", loc="left")
+        return ax
+
+    def _data_ms(self) -> float:
+        "Milliseconds in which the DataLoader yields what one step trains on."
+        return self.best_row.ms * self.best_row.items_per_s / self.data_items_per_s
+
+
+def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:
+    differences = [b - a for a, b in zip(row.samples, other.samples)]
+    return statistics.median(differences) > min(_iqr(differences), max(row.iqr, other.iqr))
+
+
+def _n_changes(start: TrainFormat, fmt: TrainFormat) -> int:
+    return sum(value != vars(start)[name] for name, value in vars(fmt).items())
+
+
+def shorten(
+    text: str,
+    width: int = 100,  # characters
+) -> str:
+    "`text` on one line, its end left out where it is too long."
+    return textwrap.shorten(text, width, placeholder=" ...")
