@@ -165,7 +165,7 @@ def _load_batches(learn: Learner, seconds: float) -> tuple[list[Any], float]:
     if not batches:
         raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
     _synchronize(device)
-    items_per_s = n_items / (time.perf_counter() - started)
+    items_per_s = n_items / max(1e-9, time.perf_counter() - started)  # some clocks are coarse
     return [to_device(batch, device) for batch in batches], items_per_s
 
 

@@ -10,7 +10,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from torch import nn
 
-from channelslast import precision
+from channelslast import find, precision
 
 
 def pytest_collection_modifyitems(items):
@@ -46,11 +46,12 @@ def fp16_cpu(monkeypatch):
 
 def only_on(monkeypatch, device_type, dtypes):
     real = precision.accelerated_dtypes
-    monkeypatch.setattr(
-        precision,
-        "accelerated_dtypes",
-        lambda device: dtypes if torch.device(device).type == device_type else real(device),
-    )
+    for module in (precision, find):
+        monkeypatch.setattr(
+            module,
+            "accelerated_dtypes",
+            lambda device: dtypes if torch.device(device).type == device_type else real(device),
+        )
 
 
 class TinyNet(nn.Sequential):

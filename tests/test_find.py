@@ -1,0 +1,752 @@
+"`format_find`: what it times and how, what it finds, and how it leaves the Learner. Times are those of a clock of our own."
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet
+from fastai.callback import schedule  # noqa: F401, `fit_one_cycle`
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.data.core import DataLoaders, Datasets
+from fastai.data.load import DataLoader
+from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper, ranger
+from matplotlib import pyplot as plt
+from test_restore import assert_same_tensors, tensors_of
+from torch import nn
+
+from channelslast import find
+from channelslast.callback import TrainFormat
+from channelslast.memory_format import is_channels_last
+
+CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
+CONTIGUOUS_BF16, LAST_BF16 = TrainFormat(False, "bf16"), TrainFormat(True, "bf16")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    "The fewest rounds, unless a budget is named: most tests ask for none of the time."
+    monkeypatch.setattr(find, "BUDGET", 1e-3)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "A clock that stands still but for what a test adds to it."
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(find, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+class TimedNet(TinyNet):
+    "Takes 40 ms for a batch, a half of it in channels last and a half of it in bfloat16; the first times much longer."
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def forward(self, x):
+        seconds = 0.04
+        if x.is_contiguous(memory_format=torch.channels_last):
+            seconds /= 2
+        if torch.is_autocast_enabled("cpu"):
+            seconds /= 2
+        self.clock.now += seconds
+        return super().forward(x)
+
+
+@pytest.fixture
+def timed(new_learner, clock, bf16_cpu):
+    return new_learner(lambda: TimedNet(clock))
+
+
+# What it finds
+
+
+def test_times_both_formats_in_every_precision_that_the_device_accelerates(timed):
+    timings = timed.format_find(show_plot=False)
+    assert [row.format for row in timings] == [CONTIGUOUS, LAST, CONTIGUOUS_BF16, LAST_BF16]
+    assert [row.ms for row in timings] == pytest.approx([40, 20, 20, 10])
+    assert [row.iqr for row in timings] == pytest.approx([0] * 4, abs=1e-6)
+    assert [row.speedup for row in timings] == pytest.approx([1, 2, 2, 4])
+    assert [row.items_per_s for row in timings] == pytest.approx([200, 400, 400, 800])  # batches of 8
+    assert timings.best == LAST_BF16 and timings.format_gain == pytest.approx(2)
+    assert timings.shapes == [(8, 3, 8, 8)] and timings.model == "TimedNet" and timings.device.startswith("cpu")
+    assert timings.limit == "device" and all(row.peak_bytes is None and row.error is None for row in timings)
+
+
+def test_whole_use(timed):
+    assert timed.to_format(timed.format_find(show_plot=False).best) is timed
+    assert timed.train_format == LAST_BF16
+    timed.fit(1)
+    assert is_channels_last(timed.model[0].weight)
+
+
+def test_on_a_cpu_without_half_precision(new_learner, clock, plain_cpu):
+    timings = new_learner(lambda: TimedNet(clock)).format_find(show_plot=False)
+    assert [row.format for row in timings] == [CONTIGUOUS, LAST] and timings.best == LAST
+
+
+def test_model_without_images_has_no_format_to_choose(tabular_learner, bf16_cpu):
+    timings = tabular_learner().format_find(show_plot=False)
+    assert [row.format for row in timings] == [CONTIGUOUS, CONTIGUOUS_BF16] and timings.format_gain is None
+
+
+def test_device_where_channels_last_is_not_reliable(learn, monkeypatch, plain_cpu):
+    monkeypatch.setattr(find, "supports_channels_last", lambda device: False)
+    assert [row.format for row in learn.format_find(show_plot=False)] == [CONTIGUOUS]
+    timings = learn.format_find([LAST], show_plot=False)
+    assert "not reliable on the device 'cpu'" in timings[1].error
+
+
+def test_starts_from_the_format_that_the_learner_has(timed):
+    timed.to_channelslast(amp_mode="bf16")
+    timings = timed.format_find(show_plot=False)
+    assert timings.start == LAST_BF16 and [row.speedup for row in timings] == pytest.approx([0.25, 0.5, 0.5, 1])
+    assert timings.best == LAST_BF16 and timings.verdict.startswith("Stay in channels last bf16")
+
+
+def test_formats_asked_for_are_timed_beside_that_of_the_learner(timed):
+    timings = timed.format_find((fmt for fmt in (LAST_BF16, LAST, LAST_BF16)), show_plot=False)
+    assert [row.format for row in timings] == [CONTIGUOUS, LAST_BF16, LAST]
+    assert [row.format for row in timed.format_find([LAST, CONTIGUOUS], show_plot=False)] == [LAST, CONTIGUOUS]
+
+
+def test_precision_that_the_device_would_replace_is_no_candidate(timed):
+    timings = timed.format_find([TrainFormat(True, "fp16")], show_plot=False)
+    assert "no fast arithmetic" in timings[1].error and timings.best == CONTIGUOUS
+
+
+def test_compile_adds_each_candidate_compiled(learn, plain_cpu, monkeypatch):
+    tried = []
+    monkeypatch.setattr(find._Search, "run", lambda self: tried.extend(c.row.format for c in self.candidates))
+    monkeypatch.setattr(find._Search, "timings", lambda self, start: None)
+    learn.format_find(compile=True, show_plot=False)
+    compiled = [TrainFormat(False, None, "default"), TrainFormat(True, None, "default")]
+    assert tried == [CONTIGUOUS, LAST, *compiled]
+    tried.clear()
+    learn.format_find([LAST], compile=True, show_plot=False)
+    assert tried == [CONTIGUOUS, LAST, compiled[1]]
+    tried.clear()
+    monkeypatch.setattr(find, "training_device", lambda learn: torch.device("cuda"))
+    monkeypatch.setattr(find, "accelerated_dtypes", lambda device: ())
+    monkeypatch.setattr(find, "_cuda_tensors", lambda learn: [])
+    learn.format_find([LAST], compile=True, show_plot=False)
+    assert [fmt.compile for fmt in tried] == [None, None, "default", "reduce-overhead"]
+
+
+def test_compiled_learner_is_timed_compiled(learn, plain_cpu, monkeypatch):
+    learn.to_format(TrainFormat(compile="default"))
+    formats = find._formats_to_try(learn, None, False)
+    assert formats == [TrainFormat(False, None, "default"), TrainFormat(True, None, "default")]
+
+
+def test_distinct_shapes_are_left_out_of_the_batches(learn):
+    batches = [(torch.randn(bs, 3, 8, 8), torch.zeros(bs).long()) for bs in (8, 4, 8, 8, 8, 8)]
+    learn.dls.loaders[0] = batches
+    kept, _ = find._load_batches(learn, 10)
+    assert [len(xb) for xb, yb in kept] == [8] * find._N_BATCHES
+
+
+# How it times
+
+
+def test_first_steps_are_not_timed_and_reported_apart(new_learner, clock, plain_cpu):
+    clock.seen = []
+
+    class SlowStart(TimedNet):
+        def forward(self, x):
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            clock.seen.append(last)
+            clock.now += max(0, 4 - clock.seen.count(last)) * 10  # 30, 20 and 10 seconds more
+            return super().forward(x)
+
+    timings = new_learner(lambda: SlowStart(clock)).format_find(show_plot=False)
+    assert [row.ms for row in timings] == pytest.approx([40, 20])
+    assert [row.warmup_s for row in timings] == pytest.approx([60 + 5 * 0.04, 60 + 5 * 0.02], abs=0.05)
+
+
+def test_rounds_are_interleaved_and_as_long_as_the_others(timed):
+    order = []
+
+    class Watches(Callback):
+        def before_batch(self):
+            order.append((self.learn.train_format, self.training))
+
+    timed.add_cb(Watches())
+    timings = timed.format_find([LAST], show_plot=False, budget=10)
+    assert all(training for _, training in order)
+    formats = [fmt for fmt, _ in order]
+    blocks = [fmt for i, fmt in enumerate(formats) if i == 0 or fmt != formats[i - 1]]
+    assert blocks == [CONTIGUOUS, LAST] * (len(blocks) // 2) and len(blocks) // 2 - 1 == len(timings[0].samples)
+    lengths = [len(timings[0].samples), len(timings[1].samples)]
+    assert lengths[0] == lengths[1] == find._N_ROUNDS and timings.n_steps > 1
+    n_warm, n_timed = 2 * 3, 2 * find._N_ROUNDS * (1 + timings.n_steps)
+    assert len(order) == n_warm + n_timed
+
+
+@pytest.mark.parametrize("budget", [3, 20])
+def test_seconds_asked_for_are_seconds_used(timed, clock, budget):
+    timed.format_find(show_plot=False, budget=budget)
+    assert clock.now == pytest.approx(budget, rel=0.1)
+
+
+def test_compilation_does_not_count(timed, clock, monkeypatch):
+    real = find._Search.fit
+
+    def slow_if_compiled(self, candidate, new_steps, **kwargs):
+        candidate.prepare = lambda learn: learn.to_format(TrainFormat(candidate.row.format.channels_last))
+        if candidate.row.format.compile and new_steps is find._WarmUp:
+            clock.now += 1000
+        return real(self, candidate, new_steps, **kwargs)
+
+    monkeypatch.setattr(find._Search, "fit", slow_if_compiled)
+    timings = timed.format_find([TrainFormat(True, None, "default")], show_plot=False, budget=10)
+    assert clock.now == pytest.approx(1010, abs=1) and timings[1].warmup_s == pytest.approx(1000, abs=1)
+
+
+def test_noise_and_drift_do_not_choose(new_learner, clock, plain_cpu):
+    class Drifts(TinyNet):
+        def forward(self, x):
+            clock.now += 0.1 + 0.01 * clock.now  # slower and slower, whatever the format
+            return super().forward(x)
+
+    timings = new_learner(Drifts).format_find(show_plot=False, budget=10)
+    assert timings.best == CONTIGUOUS
+
+
+@pytest.mark.parametrize("seconds_a_batch, limit", [(1.0, "data"), (1e-3, "device")])
+def test_data_loading_is_timed_too(timed, clock, seconds_a_batch, limit):
+    class Slow(list):
+        def __iter__(self):
+            for batch in list.__iter__(self):
+                clock.now += seconds_a_batch
+                yield batch
+
+    timed.dls.loaders[0] = Slow(timed.dls.loaders[0])
+    timings = timed.format_find(show_plot=False)
+    assert timings.data_items_per_s == pytest.approx(8 / seconds_a_batch) and timings.limit == limit
+
+
+def test_callbacks_that_change_the_batch_or_the_loop_take_part(new_learner):
+    learn = new_learner(cbs=[MixUp(), GradientAccumulation(16), ShortEpochCallback()])
+    assert not any(row.error for row in learn.format_find(show_plot=False))
+
+
+def test_steps_are_whole_and_move_no_weight(learn):
+    weights, steps = [], []
+
+    class Watches(Callback):
+        order = 1000
+
+        def after_step(self):
+            steps.append({hyper["lr"] for hyper in self.opt.hypers})
+            weights.append(self.model[0].weight.detach().clone(memory_format=torch.contiguous_format))
+
+    learn.add_cb(Watches())
+    before = learn.model[0].weight.detach().clone()
+    learn.format_find([LAST], show_plot=False)
+    assert len(steps) >= 2 * 6 and all(lrs == {0} for lrs in steps)
+    assert all(torch.equal(before, now) for now in weights)
+
+
+# How it leaves the Learner
+
+
+class Dropping(TinyNet):
+    "Draws random numbers and keeps a buffer."
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+def shuffled_dls(n_workers=0):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (48,), generator=generator)
+    items = list(zip(torch.randn(48, 3, 8, 8, generator=generator) + y.view(-1, 1, 1, 1), y))
+    loaders = [DataLoader(items, bs=8, shuffle=shuffle, num_workers=n_workers) for shuffle in (True, False)]
+    return DataLoaders(*loaders, device="cpu")
+
+
+def seed_all():
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+
+
+OPT_FUNCS = {
+    "Adam": {},
+    "Lookahead": {"opt_func": ranger},
+    "AdamW": {"opt_func": lambda params, **kwargs: OptimWrapper(params, torch.optim.AdamW, **kwargs)},
+    "SGD": {"opt_func": lambda params, **kwargs: OptimWrapper(params, torch.optim.SGD, momentum=0.9, **kwargs)},
+}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("fmt", [CONTIGUOUS, LAST, LAST_BF16], ids=str)
+@pytest.mark.parametrize("kwargs", OPT_FUNCS.values(), ids=OPT_FUNCS)
+def test_training_afterwards_is_bit_for_bit_the_same(new_learner, bf16_cpu, kwargs, fmt, trained):
+    learns = []
+    for _ in range(2):
+        seed_all()
+        learns.append(new_learner(Dropping, shuffled_dls(), cbs=MixUp(), **kwargs).to_format(fmt))
+        if trained:
+            learns[-1].fit(1)
+    seed_all()
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    learns[0].format_find(show_plot=False)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
+    assert (np.random.get_state()[1] == states[1]).all()
+    for learn in learns:
+        seed_all()
+        learn.fit_one_cycle(2)
+    for name, value in learns[0].model.state_dict().items():
+        other = learns[1].model.state_dict()[name]
+        assert torch.equal(value, other) and value.stride() == other.stride()
+    assert learns[0].recorder.values == learns[1].recorder.values
+    assert learns[0].recorder.losses == learns[1].recorder.losses
+    for first, second in zip(learns[0].opt.state_dict()["state"], learns[1].opt.state_dict()["state"]):
+        assert str(first) == str(second)
+
+
+def state_of(learn):
+    "Everything that a search must not change, by identity where there is one."
+    return {
+        "attributes": {name: id(value) for name, value in vars(learn).items()},
+        "callbacks": [(id(cb), {name: id(value) for name, value in vars(cb).items()}) for cb in learn.cbs],
+        "modules": [(id(module), module.training, set(vars(module))) for module in learn.model.modules()],
+        "loaders": [id(loader) for loader in learn.dls.loaders],
+        "format": learn.train_format,
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+    }
+
+
+@pytest.fixture
+def assert_unchanged():
+    "A function that takes a Learner, and one that tells whether it is as it was then."
+
+    def begin(learn):
+        tensors, state = tensors_of(learn.model), state_of(learn)
+
+        def check():
+            assert_same_tensors(tensors, tensors_of(learn.model))
+            assert state_of(learn) == state
+
+        return check
+
+    return begin
+
+
+class RaisesAt(Callback):
+    "Raise at the n-th event of the whole search."
+
+    order = 1000
+
+    def __init__(self, n, error):
+        self.left, self.error = [n], error  # in a list, which copies of this callback would not share
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __call__(self, event_name):
+        self.left[0] -= 1
+        if self.left[0] == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13, 21, 40, 80, 130])
+def test_interrupt_anywhere_leaves_the_learner_as_it_was(learn, bf16_cpu, assert_unchanged, n):
+    learn.fit(1)
+    learn.add_cb(RaisesAt(n, KeyboardInterrupt()))
+    learn.model(torch.randn(2, 3, 8, 8)).sum().backward()
+    check = assert_unchanged(learn)
+    with pytest.raises(KeyboardInterrupt):
+        learn.format_find(show_plot=False)
+    check()
+    learn.remove_cb(RaisesAt)
+    learn.fit(1)
+
+
+def test_interrupt_while_data_are_loaded(learn, assert_unchanged):
+    class Interrupted(list):
+        def __iter__(self):
+            yield self[0]
+            raise KeyboardInterrupt
+
+    learn.dls.loaders[0] = Interrupted(learn.dls.loaders[0])
+    check = assert_unchanged(learn)
+    with pytest.raises(KeyboardInterrupt):
+        learn.format_find(show_plot=False, budget=100)
+    check()
+
+
+def test_nothing_is_left_behind(learn, bf16_cpu, assert_unchanged):
+    check = assert_unchanged(learn)
+    learn.format_find(show_plot=False)
+    check()
+    assert learn.opt is None and not hasattr(learn, "scaler") and not hasattr(learn, "lr_finder")
+
+
+def test_mode_and_gradients_stay(learn, assert_unchanged):
+    learn.model(torch.randn(2, 3, 8, 8)).sum().backward()
+    learn.model.eval()
+    learn.model[1].train()
+    grad = learn.model[0].weight.grad
+    values = grad.clone()
+    check = assert_unchanged(learn)
+    learn.format_find(show_plot=False)
+    check()
+    assert learn.model[0].weight.grad is grad and torch.equal(grad, values)
+
+
+def test_optimizer_that_was_made_before_the_learner(new_learner):
+    model = TinyNet()
+    opt = OptimWrapper(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.9)
+    learn = new_learner(model, opt_func=opt)
+    learn.format_find(show_plot=False)
+    assert learn.opt is None and opt.hypers[0]["lr"] == 0.5 and not opt.state
+
+
+def test_trackers_loggers_and_savers_are_silent(new_learner, tmp_path, capsys):
+    learn = new_learner(path=tmp_path, cbs=[SaveModelCallback(monitor="train_loss"), CSVLogger()])
+    logged = []
+    learn.logger = logged.append
+    learn.format_find(show_plot=False)
+    assert list(tmp_path.rglob("*")) == [] and logged == []
+    assert capsys.readouterr().out.startswith("TinyNet (input shape")
+
+
+def test_prints_the_table_and_draws_the_bars(timed, capsys):
+    plt.close("all")
+    timings = timed.format_find()
+    assert capsys.readouterr().out == f"{timings}\n" and len(plt.get_fignums()) == 1
+    plt.close("all")
+    timed.format_find(show_plot=False)
+    assert plt.get_fignums() == []
+
+
+def test_progress_bar(timed, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, gen, leave):
+            self.values, self.comments, self.ended = [], [], 0
+            bars.append(self)
+
+        def update(self, value):
+            self.values.append(value)
+            self.comments.append(getattr(self, "comment", ""))
+
+        def on_iter_end(self):
+            self.ended += 1
+
+    monkeypatch.setattr(find, "progress_bar", Bar)
+    timed.format_find(show_plot=False, budget=10)
+    assert bars == []  # a Learner without a bar
+    timed.add_cb(ProgressCallback())
+    timed.format_find(show_plot=False, budget=10)
+    (bar,) = bars
+    assert bar.values == sorted(bar.values) and bar.values[-1] > 90 and max(bar.values) < 100 and bar.ended == 1
+    assert "warm-up: contiguous fp32" in bar.comments and "channels last bf16" in bar.comments
+    timed.add_cb(RaisesAt(20, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        timed.format_find(show_plot=False)
+    assert bars[1].ended == 1
+
+
+# Candidates that fail
+
+
+class Views(nn.Sequential):
+    "Cannot train in channels last."
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 3, 1), TinyNet())
+
+    def forward(self, x):
+        x = self[0](x)
+        return self[1](x.view(len(x), -1).view(x.shape))
+
+
+class RejectsHalf(CrossEntropyLossFlat):
+    def __call__(self, pred, target):
+        if torch.is_autocast_enabled("cpu"):
+            raise NotImplementedError("no loss in half precision\nwith details")
+        return super().__call__(pred, target)
+
+
+class OutOfMemory(TinyNet):
+    def forward(self, x):
+        if x.is_contiguous(memory_format=torch.channels_last):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "model, loss_func, failing, reason",
+    [
+        (Views, CrossEntropyLossFlat, {LAST, LAST_BF16}, "RuntimeError: view size is not compatible"),
+        (TinyNet, RejectsHalf, {CONTIGUOUS_BF16, LAST_BF16}, "NotImplementedError: no loss in half precision with det"),
+        (OutOfMemory, CrossEntropyLossFlat, {LAST, LAST_BF16}, "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_candidate_that_fails_is_a_row_with_its_reason(
+    new_learner, bf16_cpu, assert_unchanged, model, loss_func, failing, reason
+):
+    learn = new_learner(model, loss_func=loss_func())
+    check = assert_unchanged(learn)
+    timings = learn.format_find(show_plot=False)
+    check()
+    assert {row.format for row in timings if row.error} == failing and timings.best not in failing
+    assert all(row.error.startswith(reason) and "\n" not in row.error for row in timings if row.error)
+    assert reason[:20] in str(timings)
+
+
+def test_candidate_that_fails_late(learn, plain_cpu):
+    class FailsLate(Callback):
+        order = 100
+        seen = [0]
+
+        def before_batch(self):
+            if is_channels_last(self.x):
+                self.seen[0] += 1
+                if self.seen[0] > 4:
+                    raise RuntimeError("late")
+
+    learn.add_cb(FailsLate())
+    timings = learn.format_find(show_plot=False)
+    assert "late" in timings[1].error and timings[1].samples == [] and timings.best == CONTIGUOUS
+    assert len(timings[0].samples) >= find._MIN_ROUNDS
+
+
+def test_compile_error_is_a_row(learn, plain_cpu, monkeypatch):
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("backend='x' raised:\nNo compiler")),
+    )
+    timings = learn.format_find([TrainFormat(True, None, "default")], show_plot=False)
+    assert timings[1].error == "RuntimeError: backend='x' raised: No compiler"
+
+
+def test_fit_that_a_callback_cancels(learn):
+    class Cancels(Callback):
+        def before_train(self):
+            raise CancelFitException
+
+    learn.add_cb(Cancels())
+    with pytest.raises(RuntimeError, match="a callback of the Learner cancelled the fit"):
+        learn.format_find(show_plot=False)
+
+
+def test_all_failing_is_an_error_with_the_reasons(learn, bf16_cpu, assert_unchanged):
+    class Fails(Callback):
+        def before_batch(self):
+            raise ZeroDivisionError(str(self.learn.train_format))
+
+    learn.add_cb(Fails())
+    check = assert_unchanged(learn)
+    with pytest.raises(RuntimeError, match=r"No format can train.*contiguous fp32: Z.*channels last bf16: Z"):
+        learn.format_find(show_plot=False)
+    check()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, said",
+    [
+        ({"formats": []}, ValueError, r"formats=\[\] is empty: pass a list of TrainFormat"),
+        ({"formats": iter(())}, ValueError, r"formats=\[\] is empty"),
+        ({"formats": "fp16"}, TypeError, "formats='fp16' is no list"),
+        ({"formats": LAST}, TypeError, r"formats=TrainFormat\(.*is no list"),
+        ({"formats": 3}, TypeError, "formats=3 is no list"),
+        ({"formats": [LAST, "fp16"]}, TypeError, "formats holds 'fp16', which is no TrainFormat"),
+        ({"compile": "default"}, TypeError, "compile='default'"),
+        ({"show_plot": 1}, TypeError, "show_plot=1"),
+        ({"budget": 0}, ValueError, "budget=0: pass a number of seconds above 0"),
+        ({"budget": -3.0}, ValueError, "budget=-3.0"),
+        ({"budget": float("nan")}, ValueError, "budget=nan"),
+        ({"budget": float("inf")}, ValueError, "budget=inf"),
+        ({"budget": "10"}, ValueError, "budget='10'"),
+        ({"budget": True}, ValueError, "budget=True"),
+    ],
+)
+def test_bad_input_names_the_argument_and_what_is_legal(learn, assert_unchanged, kwargs, error, said):
+    check = assert_unchanged(learn)
+    with pytest.raises(error, match=said):
+        learn.format_find(**kwargs)
+    check()
+
+
+def test_budget_that_cannot_hold_a_step(timed, clock, assert_unchanged):
+    check = assert_unchanged(timed)
+    with pytest.raises(ValueError, match="budget=0.03 seconds cannot hold 3 timed steps of 4 formats: pass at least"):
+        timed.format_find(budget=0.03)
+    check()
+    assert clock.now < 0.2  # it stops at once
+
+
+def test_budget_that_is_named_as_enough_is_enough(timed):
+    with pytest.raises(ValueError, match="pass at least") as raised:
+        timed.format_find(budget=0.35)
+    enough = float(str(raised.value).split("at least ")[1].split(",")[0])
+    timings = timed.format_find(budget=enough, show_plot=False)
+    assert len(timings[0].samples) >= find._MIN_ROUNDS
+
+
+@pytest.mark.parametrize("loaders", [[], [[]]])
+def test_without_training_data(learn, loaders, assert_unchanged):
+    learn.dls.loaders = loaders
+    check = assert_unchanged(learn)
+    with pytest.raises(ValueError, match=r"learn.dls.*at least one batch to train on"):
+        learn.format_find()
+    check()
+
+
+def test_exported_learner_has_no_training_data(new_learner, tmp_path):
+    to_image, to_label = (lambda i: torch.full((3, 8, 8), float(i))), (lambda i: torch.tensor(i % 3))
+    dls = Datasets(range(24), [[to_image], [to_label]], splits=[range(16), range(16, 24)]).dataloaders(bs=8)
+    learn = new_learner(dls=dls, path=tmp_path)
+    learn.export("model.pkl")
+    with pytest.raises(ValueError, match=r"learn.dls.*at least one batch to train on"):
+        load_learner(tmp_path / "model.pkl").format_find()
+
+
+def test_in_the_middle_of_a_fit(learn):
+    class Finds(Callback):
+        order = 100
+
+        def before_epoch(self):
+            with pytest.raises(RuntimeError, match="in the middle of a fit"):
+                self.learn.format_find()
+            self.asked = True
+
+        before_fit = after_batch = before_validate = after_fit = before_epoch
+
+    learn.add_cb(Finds())
+    learn.fit(1)
+    assert learn.finds.asked
+    learn.finds.asked = False
+    learn.validate()
+    assert learn.finds.asked
+
+
+def test_in_the_fit_of_another_learner(new_learner):
+    class Finds(Callback):
+        def before_epoch(self):
+            self.found = new_learner().format_find([LAST], show_plot=False)
+
+    learn = new_learner(cbs=Finds())
+    learn.fit(1)
+    assert len(learn.finds.found) == 2
+
+
+def test_after_an_interrupted_fit(learn):
+    learn.add_cb(RaisesAt(20, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    learn.remove_cb(RaisesAt)
+    assert not any(row.error for row in learn.format_find(show_plot=False))
+
+
+# Compilers, GPUs, processes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_candidate_is_timed_and_nothing_of_it_is_left(new_learner, plain_cpu, assert_unchanged):
+    learn = new_learner(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    learn.to_format(TrainFormat(compile="reduce-overhead"))
+    wrapper = learn.model._compiled_call_impl
+    check = assert_unchanged(learn)
+    formats = [TrainFormat(last, None, "default") for last in (False, True)]
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.automatic_dynamic_shapes
+    timings = learn.format_find([CONTIGUOUS, *formats], show_plot=False)
+    check()
+    assert not any(row.error for row in timings) and timings.start == TrainFormat(False, None, "reduce-overhead")
+    assert learn.model._compiled_call_impl is wrapper and learn.train_format.compile == "reduce-overhead"
+    assert limits == (torch._dynamo.config.recompile_limit, torch._dynamo.config.automatic_dynamic_shapes)
+
+
+def test_many_compiled_candidates_are_all_compiled(monkeypatch):
+    "More than PyTorch's limit for one function, each by the strides of its images."
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append([tuple(tensor.stride()) for tensor in inputs if tensor.ndim == 4])
+        return graph.forward
+
+    with find._compiling(True):
+        function = torch.compile(lambda x, n: x * n, backend=backend)
+        for n in range(20):
+            x = torch.randn(2, 3, 4, 4)
+            function(x.to(memory_format=torch.channels_last) if n % 2 else x, n)
+    assert len(compiled) == 20 and all(strides[0] in ((48, 16, 4, 1), (48, 1, 12, 3)) for strides in compiled)
+
+
+SCRIPT = """
+import sys, torch
+from fastai.distributed import *
+from fastai.losses import CrossEntropyLossFlat
+from fastai.callback.core import Callback
+from fastai.torch_core import rank_distrib
+sys.path.insert(0, {tests!r})
+from conftest import TinyNet, new_dls
+from fastai.data.core import DataLoaders, Datasets
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from channelslast import find
+from channelslast.callback import TrainFormat
+
+find.BUDGET = 1e-3
+torch.distributed.init_process_group("gloo")
+generator = torch.Generator().manual_seed(0)
+items = list(zip(torch.randn(48, 3, 8, 8, generator=generator), torch.randint(0, 3, (48,), generator=generator)))
+dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0) for _ in range(2)], device="cpu")
+learn = Learner(dls, TinyNet(), CrossEntropyLossFlat())
+learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
+learn.logger = lambda *args: None
+
+class Fails(Callback):
+    def before_batch(self):
+        if self.learn.train_format == TrainFormat(True):
+            raise RuntimeError(f"in process {{rank_distrib()}}")
+
+with learn.distrib_ctx(sync_bn=False, cpu=True):
+    model, loaders = learn.model, list(learn.dls.loaders)
+    learn.add_cb(Fails())
+    timings = learn.format_find([TrainFormat(True)], show_plot=False)
+    assert learn.model is model and learn.dls.loaders == loaders
+    learn.remove_cb(Fails)
+    more = learn.format_find([TrainFormat(True)], show_plot=False, budget=1)
+    learn.to_format(more.best).fit(1)
+    print("RANK", rank_distrib(), timings[1].error, [row.samples for row in more], more.best, more.data_items_per_s)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_of_distributed_training_choose_the_same(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "29577", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
+    assert done.returncode == 0 and len(lines) == 2, done.stderr[-3000:]
+    assert lines[0].removeprefix("RANK 0") == lines[1].removeprefix("RANK 1")
+    assert "in process 0" in lines[0]
+    assert done.stdout.count("TinyNet (input shape") == 2  # one process prints, for each of the two calls

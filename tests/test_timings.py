@@ -1,0 +1,204 @@
+"The result of `format_find`: which format it chooses, and what it says and draws."
+
+from math import isnan, nan
+
+import pytest
+from matplotlib import pyplot as plt
+
+from channelslast.callback import TrainFormat
+from channelslast.timings import FormatTiming, FormatTimings
+
+CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
+CONTIGUOUS_BF16, LAST_BF16 = TrainFormat(False, "bf16"), TrainFormat(True, "bf16")
+COMPILED = TrainFormat(True, "bf16", "reduce-overhead")
+
+
+def new_timings(samples, start=CONTIGUOUS, bs=10, **kwargs):
+    "Timings of formats by their samples, or by the reason why they could not train."
+    rows = [
+        FormatTiming(fmt, error=values) if isinstance(values, str) else FormatTiming(fmt, list(values), warmup_s=0.5)
+        for fmt, values in samples.items()
+    ]
+    start_ms = next(row.ms for row in rows if row.format == start)
+    for row in rows:
+        row.items_per_s, row.speedup = 1000 * bs / row.ms, start_ms / row.ms
+    facts = dict(data_items_per_s=1e6, busy=None, model="Net", device="cpu", shapes=[(bs, 3, 8, 8)], n_steps=1)
+    return FormatTimings(rows, start, **facts | kwargs)
+
+
+def around(ms, spread=0.1):
+    return [ms - spread, ms, ms, ms + spread]
+
+
+@pytest.fixture
+def timings():
+    return new_timings({CONTIGUOUS: around(100), LAST: around(80), CONTIGUOUS_BF16: around(60), LAST_BF16: around(40)})
+
+
+def test_a_row_is_the_median_and_the_quartiles_of_its_samples():
+    row = FormatTiming(LAST, [4.0, 1.0, 2.0, 3.0, 5.0])
+    assert (row.ms, row.iqr) == (3.0, 2.0)
+    failed = FormatTiming(LAST, error="no")
+    assert isnan(failed.ms) and isnan(failed.iqr)
+
+
+def test_it_is_a_sequence_of_rows_in_the_order_of_the_candidates(timings):
+    assert len(timings) == 4 and timings[1].format == LAST and timings[-1].format == LAST_BF16
+    assert [row.ms for row in timings] == [100, 80, 60, 40]
+
+
+def test_best_is_the_fastest(timings):
+    assert timings.best == LAST_BF16 and timings.best_row is timings[3]
+
+
+@pytest.mark.parametrize(
+    "samples, best",
+    [
+        # as fast as what the Learner has
+        ({CONTIGUOUS: around(40), LAST: around(40), LAST_BF16: around(40)}, CONTIGUOUS),
+        # faster, by less than the spread of each and of the differences
+        ({CONTIGUOUS: [40, 44, 46, 50], LAST: [46, 40, 48, 39]}, CONTIGUOUS),
+        # faster by more
+        ({CONTIGUOUS: [40, 44, 46, 50], LAST: [30, 33, 35, 31]}, LAST),
+        # the whole machine drifts, round by round one is faster
+        ({CONTIGUOUS: [40, 60, 80, 100], LAST: [38, 58, 77, 98]}, LAST),
+        # one round is off, as the quartiles of the rounds themselves show
+        ({CONTIGUOUS: [40, 40, 41, 80, 40], LAST: [37, 37, 37, 37, 37]}, LAST),
+        # two that are equal: the one that changes less
+        ({CONTIGUOUS: around(40), LAST_BF16: [19, 20, 20, 21], LAST: [20.5, 19.5, 21, 20]}, LAST),
+        ({CONTIGUOUS: around(40), COMPILED: around(20), CONTIGUOUS_BF16: around(20)}, CONTIGUOUS_BF16),
+        # two that are equal and change as much: the faster one
+        ({CONTIGUOUS: around(40), CONTIGUOUS_BF16: around(20.05), LAST: around(20)}, LAST),
+        # a noisy one, as fast as the fastest for all one knows, but not faster than what the Learner has
+        ({CONTIGUOUS: around(40), LAST: [5, 20, 60, 70], LAST_BF16: around(30)}, LAST_BF16),
+        # what fails is out
+        ({CONTIGUOUS: around(40), LAST: "out of memory", LAST_BF16: around(30)}, LAST_BF16),
+    ],
+)
+def test_best_changes_least_within_the_noise(samples, best):
+    assert new_timings(samples).best == best
+
+
+def test_best_where_the_format_of_the_learner_fails():
+    timings = new_timings({CONTIGUOUS: "out of memory", LAST: around(50), LAST_BF16: around(50)})
+    assert timings.best == LAST and isnan(timings[1].speedup)
+    assert "contiguous fp32, which the Learner had, could not train" in timings.verdict
+
+
+def test_best_starts_from_the_format_of_the_learner():
+    equal = {CONTIGUOUS: around(40), LAST: around(40)}
+    assert new_timings(equal, start=LAST).best == LAST
+    assert new_timings(equal, start=CONTIGUOUS).best == CONTIGUOUS
+
+
+def test_gain_of_the_format_alone_is_between_twins(timings):
+    assert timings.format_gain == 60 / 40
+    assert "The format alone gives 1.50 times (channels last against contiguous, bf16)" in timings.verdict
+    slower = new_timings({CONTIGUOUS: around(40), LAST: around(50)})
+    assert slower.best == CONTIGUOUS and slower.format_gain == 40 / 50
+
+
+@pytest.mark.parametrize("twin", [{}, {CONTIGUOUS_BF16: "out of memory"}])
+def test_gain_of_the_format_is_unknown_without_a_twin(twin):
+    timings = new_timings({CONTIGUOUS: around(40), LAST_BF16: around(20), **twin})
+    assert timings.format_gain is None and "alone" not in timings.verdict
+
+
+@pytest.mark.parametrize(
+    "facts, limit, said",
+    [
+        ({"data_items_per_s": 200}, "data", "Data loading limits it"),
+        ({"data_items_per_s": 200, "busy": 0.99}, "data", "Data loading limits it"),
+        ({"busy": 0.95}, "gpu", "The GPU limits it (busy 95% of the step)"),
+        ({"busy": 0.5}, "python", "Python and launches limit it, the GPU waits (busy 50% of the step); `compile=True`"),
+        ({}, "device", "The device 'cpu' limits it"),
+    ],
+)
+def test_what_limits_the_best_step(facts, limit, said):
+    timings = new_timings({CONTIGUOUS: around(100), LAST_BF16: around(40)}, **facts)  # 250 items a second
+    assert timings.limit == limit and said in timings.verdict
+
+
+def test_compiling_is_not_advised_where_it_was_tried():
+    timings = new_timings({CONTIGUOUS: around(100), COMPILED: around(40)}, busy=0.5)
+    assert timings.limit == "python" and "compile=True" not in timings.verdict
+
+
+def test_slow_data_are_told_first(timings):
+    assert str(timings).startswith("Net (input shape: 10 x 3 x 8 x 8) on cpu, 4 rounds of a step each")
+    timings.data_items_per_s = 50
+    first = str(timings).split("\n\n")[0]
+    assert "yields 50 items a second" in first and "could take 250" in first and "no format will help" in first
+
+
+def test_verdict_is_one_line_with_the_code(timings):
+    assert timings.verdict.startswith(f"Best: `{LAST_BF16.code}`, 2.50 times as fast as contiguous fp32.")
+    assert "\n" not in timings.verdict
+    stay = new_timings({CONTIGUOUS: around(40), LAST: around(40)})
+    assert stay.verdict.startswith("Stay in contiguous fp32, nothing is faster beyond the noise: `learn.to_format(")
+    assert stay.format_gain == 1
+
+
+def test_table_has_a_line_for_each_candidate_in_columns():
+    timings = new_timings({CONTIGUOUS: around(1234.5), LAST: "RuntimeError: no " + "x" * 200, LAST_BF16: around(40)})
+    lines = str(timings).splitlines()
+    assert lines[2].split() == ["Format", "ms", "IQR", "items/s", "speedup", "warm-up", "s"]
+    rows = lines[4:7]
+    assert rows[0].split() == ["contiguous", "fp32", "1234.50", "0.05", "8", "1.00", "0.5", "now"]
+    assert rows[1].startswith("channels last fp32") and "RuntimeError: no" in rows[1] and len(rows[1]) < 130
+    assert rows[2].split()[-1] == "best" and "30.86" in rows[2]
+    assert lines[1] == lines[3] == lines[7] and set(lines[1]) == {"="} and len(lines[1]) >= max(map(len, rows))
+
+
+def test_table_of_a_gpu_has_its_memory():
+    timings = new_timings({CONTIGUOUS: around(40), LAST: around(20)})
+    for row in timings:
+        row.peak_bytes = 2_500_000_000
+    assert "peak GB" in str(timings) and str(timings).count("2.50") == 2
+
+
+def test_best_and_now_may_be_the_same_row():
+    timings = new_timings({CONTIGUOUS: around(40), LAST: around(40)})
+    assert "now, best" in str(timings)
+
+
+def test_repr_is_short_and_names_the_best(timings):
+    assert repr(timings) == f"FormatTimings(best={LAST_BF16!r})"
+
+
+def test_frame_has_a_row_for_each_candidate(timings):
+    frame = timings.to_frame()
+    assert list(frame["format"]) == [str(row.format) for row in timings]
+    assert list(frame["channels_last"]) == [False, True, False, True] and list(frame["ms"]) == [100, 80, 60, 40]
+    assert {"amp_mode", "compile", "iqr", "items_per_s", "speedup", "peak_bytes", "warmup_s", "error"} <= set(frame)
+
+
+def test_plot_has_a_bar_for_each_candidate_that_trains():
+    timings = new_timings({CONTIGUOUS: around(100), LAST: "RuntimeError: no", LAST_BF16: around(40)})
+    ax = timings.plot()
+    bars = [bar for bar in ax.patches if bar.get_width()]
+    assert [bar.get_width() for bar in bars] == [100, 40]
+    assert bars[1].get_facecolor() != bars[0].get_facecolor()
+    texts = [text.get_text() for text in ax.texts]
+    assert any("RuntimeError: no" in text for text in texts) and any("2.50x, best" in text for text in texts)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [str(row.format) for row in timings]
+    assert ax.get_legend() is None
+    plt.close(ax.figure)
+
+
+def test_plot_marks_data_loading_where_it_counts():
+    timings = new_timings({CONTIGUOUS: around(100), LAST: around(50)}, data_items_per_s=100)
+    _, ax = plt.subplots()
+    assert timings.plot(ax) is ax
+    (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert line.get_xdata()[0] == pytest.approx(100) and ax.get_xlim()[1] > 100  # 10 items at 100 a second
+    assert "data loading" in ax.get_legend().get_texts()[0].get_text()
+    plt.close(ax.figure)
+
+
+def test_plot_without_a_speedup():
+    timings = new_timings({CONTIGUOUS: "no", LAST: around(50)})
+    assert isnan(timings[1].speedup) and timings[1].items_per_s == 200 and nan != timings[1].ms
+    ax = timings.plot()
+    assert any(text.get_text().strip() == "best" for text in ax.texts)
+    plt.close(ax.figure)
