@@ -1,4 +1,4 @@
-"`format_find`: what it times and how, what it finds, and how it leaves the Learner. Times are those of a clock of our own."
+"`format_find`: what it finds, how it times, and how it leaves the Learner. Most times are of a clock of our own."
 
 import os
 import random
@@ -516,12 +516,17 @@ def test_candidate_that_fails_is_a_row_with_its_reason(
 def test_candidate_that_fails_late(learn, plain_cpu):
     class FailsLate(Callback):
         order = 100
-        seen = [0]
+
+        def __deepcopy__(self, memo):  # a search begins each round with a new copy
+            return self
+
+        def __init__(self):
+            self.seen = 0
 
         def before_batch(self):
             if is_channels_last(self.x):
-                self.seen[0] += 1
-                if self.seen[0] > 4:
+                self.seen += 1
+                if self.seen > 4:
                     raise RuntimeError("late")
 
     learn.add_cb(FailsLate())
@@ -531,11 +536,10 @@ def test_candidate_that_fails_late(learn, plain_cpu):
 
 
 def test_compile_error_is_a_row(learn, plain_cpu, monkeypatch):
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("backend='x' raised:\nNo compiler")),
-    )
+    def fails(*args, **kwargs):
+        raise RuntimeError("backend='x' raised:\nNo compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
     timings = learn.format_find([TrainFormat(True, None, "default")], show_plot=False)
     assert timings[1].error == "RuntimeError: backend='x' raised: No compiler"
 
@@ -593,7 +597,7 @@ def test_bad_input_names_the_argument_and_what_is_legal(learn, assert_unchanged,
 
 def test_budget_that_cannot_hold_a_step(timed, clock, assert_unchanged):
     check = assert_unchanged(timed)
-    with pytest.raises(ValueError, match="budget=0.03 seconds cannot hold 3 timed steps of 4 formats: pass at least"):
+    with pytest.raises(ValueError, match=r"budget=0\.03 seconds cannot hold 3 timed steps of 4 formats: pass at least"):
         timed.format_find(budget=0.03)
     check()
     assert clock.now < 0.2  # it stops at once
@@ -696,6 +700,134 @@ def test_many_compiled_candidates_are_all_compiled(monkeypatch):
     assert len(compiled) == 20 and all(strides[0] in ((48, 16, 4, 1), (48, 1, 12, 3)) for strides in compiled)
 
 
+@pytest.fixture
+def cuda_learner(new_learner):
+    "A function that makes a Learner on the GPU whose activations outweigh everything else."
+
+    def make(**kwargs):
+        dls = new_dls(3, 64, 64, n=128, bs=64, device="cuda")
+        opt_func = lambda params, **kwargs: OptimWrapper(params, torch.optim.AdamW, fused=True, **kwargs)  # noqa: E731
+        return new_learner(dls=dls, **{"opt_func": opt_func, **kwargs})
+
+    return make
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_every_precision_with_its_memory_and_what_limits_it(cuda_learner):
+    timings = cuda_learner().format_find(show_plot=False)
+    assert [row.format.amp_mode for row in timings] == [None, None, "fp16", "fp16", "bf16", "bf16"]
+    assert not any(row.error for row in timings) and all(row.ms > 0 and row.peak_bytes > 0 for row in timings)
+    assert 0 < timings.busy <= 1 and timings.limit in ("gpu", "python") and "peak GB" in str(timings)
+    assert timings[2].peak_bytes < timings[0].peak_bytes
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("benchmark", [False, True], ids=["heuristics", "cudnn.benchmark"])
+def test_memory_of_the_search_is_that_of_its_hungriest_candidate(cuda_learner, monkeypatch, benchmark):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    peaks = []
+    real = torch.cuda.reset_peak_memory_stats
+
+    def peak():
+        peaks.append(torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]))
+        real()
+
+    alone = []
+    for fmt in (CONTIGUOUS, LAST, TrainFormat(False, "fp16"), LAST_BF16):
+        learn = cuda_learner()
+        torch.cuda.empty_cache()
+        real()
+        learn.to_format(fmt).fit(1)
+        peak()
+        alone.append(peaks.pop())
+    learn = cuda_learner()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    real()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak())
+    learn.format_find(show_plot=False)
+    peak()
+    print("alone", alone, "search", torch.stack(peaks).amax(0))
+    assert (torch.stack(peaks).amax(0) <= 1.3 * torch.stack(alone).amax(0)).all()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.cuda
+def test_out_of_memory_is_a_row_and_gives_its_memory_back(cuda_learner):
+    class Hungry(Callback):
+        order = 100
+
+        def before_batch(self):
+            if self.learn.train_format == LAST:
+                self.kept = [torch.empty(2**30, device="cuda") for _ in range(1000)]
+
+    learn = cuda_learner(cbs=Hungry())
+    before = torch.cuda.memory_allocated()
+    timings = learn.format_find(show_plot=False)
+    assert "OutOfMemoryError" in timings[1].error and [bool(row.error) for row in timings].count(True) == 1
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fmt", [CONTIGUOUS, TrainFormat(True, "fp16")], ids=str)
+def test_training_on_a_gpu_afterwards_is_the_same(cuda_learner, monkeypatch, fmt):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    learns = [cuda_learner(cbs=MixUp()).to_format(fmt) for _ in range(2)]
+    for learn in learns:
+        seed_all()
+        torch.cuda.manual_seed(5)
+        learn.fit(1)
+    state = torch.cuda.get_rng_state()
+    learns[0].format_find(show_plot=False)
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    for learn in learns:
+        seed_all()
+        torch.cuda.manual_seed(5)
+        learn.fit_one_cycle(2)
+    for name, value in learns[0].model.state_dict().items():
+        assert torch.equal(value, learns[1].model.state_dict()[name])
+    assert learns[0].recorder.values == learns[1].recorder.values
+
+
+@pytest.mark.cuda
+def test_loss_scale_goes_on_from_round_to_round(cuda_learner):
+    scales = []
+
+    class Watches(Callback):
+        order = 1000
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def after_batch(self):
+            scales.append(self.learn.scaler.get_scale())
+
+    learn = cuda_learner(cbs=Watches()).to_channelslast(init_scale=2.0**40)
+    learn.format_find([TrainFormat(True, "fp16")], show_plot=False)
+    assert len(scales) > 9 and scales == sorted(scales, reverse=True) and scales[-1] < 2.0**39
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore")
+def test_cuda_graphs_are_timed_interleaved_and_given_back(cuda_learner, assert_unchanged):
+    learn = cuda_learner()
+    learn.model.to("cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    check = assert_unchanged(learn)
+    formats = [TrainFormat(last, "bf16", mode) for last in (False, True) for mode in (None, "reduce-overhead")]
+    timings = learn.format_find(formats, show_plot=False, budget=10)
+    check()
+    for row in timings:
+        print(row.format, [round(ms, 2) for ms in row.samples], row.peak_bytes, row.warmup_s)
+    assert not any(row.error for row in timings)
+    assert timings[2].ms < timings[1].ms and timings[4].ms < timings[3].ms  # launches are cheaper, by far
+    hungriest = max(row.peak_bytes for row in timings)
+    assert torch.cuda.memory_allocated() <= before + 2**20
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + hungriest
+
+
 SCRIPT = """
 import sys, torch
 from fastai.distributed import *
@@ -731,7 +863,7 @@ with learn.distrib_ctx(sync_bn=False, cpu=True):
     assert learn.model is model and learn.dls.loaders == loaders
     learn.remove_cb(Fails)
     more = learn.format_find([TrainFormat(True)], show_plot=False, budget=1)
-    learn.to_format(more.best).fit(1)
+    learn.to_format(more.best)
     print("RANK", rank_distrib(), timings[1].error, [row.samples for row in more], more.best, more.data_items_per_s)
 torch.distributed.destroy_process_group()
 """
