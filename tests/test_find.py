@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, new_dls
 from fastai.callback import schedule  # noqa: F401, `fit_one_cycle`
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
