@@ -1,15 +1,17 @@
 "Channels last on fastai's `Learner`: the callback, the methods that add and remove it, and portable checkpoints."
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from warnings import warn
 from weakref import WeakKeyDictionary
 
+import torch
 from fastai.callback import channelslast as fastai_channelslast  # imported first: its patches would undo ours
 from fastai.learner import Learner, save_model
 from fastai.optimizer import Lookahead
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, ismin_torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
@@ -269,11 +271,23 @@ def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
         return
     if mode is not None:
         model.compile(mode=mode)
+        if not ismin_torch("2.15"):  # passes over a module whose `forward` is PyTorch's, as nn.Sequential, in silence
+            model._compiled_call_impl = torch.compile(_in_own_frame(model._call_impl), mode=mode)
         _modes[_wrapper(model)] = mode
         return
     model.compile(disable=True)
     vars(model).pop("_compiled_call_impl", None)  # what is left of it: a wrapper that does nothing
     _modes.pop(model, None)
+
+
+def _in_own_frame(function: Callable) -> Callable:
+    "`function` called from code that PyTorch does not count as its own, which it compiles (pytorch/pytorch#185722)."
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # code of its own too: PyTorch limits how often it compiles the same one
+    return call
 
 
 class _Portable:

@@ -34,6 +34,7 @@ from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastcore.script import anno_parser
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_builder, list_models
 
@@ -433,6 +434,9 @@ def find(
     for name, file in dict(json=json, plot=plot).items():
         if file is not None and not Path(file).expanduser().parent.is_dir():
             fail(f"--{name} {file}: there is no such folder")
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if plot is not None and Path(plot).suffix[1:] not in kinds:
+        fail(f"--plot {plot}: no kind of picture; let it end in one of .{', .'.join(kinds)}")
     torch_device, chosen = to_device(device), to_formats(formats)
     archs = [name for name in re.split(r"[\s,]+", arch) if name]
     for name in archs:
@@ -475,9 +479,8 @@ def to_formats(
     "The formats of these names; ends the program if there is none of a name."
     if names is None:
         return None
-    legal = {
-        str(fmt): fmt for fmt in starmap(TrainFormat, product((False, True), (None, "fp16", "bf16"), COMPILE_MODES))
-    }
+    every = starmap(TrainFormat, product((False, True), (None, "fp16", "bf16"), (None, *COMPILE_MODES)))
+    legal = {str(fmt): fmt for fmt in every}
     wanted = [" ".join(name.split()) for name in names.split(",")]
     for name in wanted:
         if name not in legal:
@@ -538,8 +541,8 @@ def _plot_all(found: dict[str, FormatTimings], file: str) -> None:
         timings.plot(ax).set_title(f"{arch} on {timings.device}", loc="left")
     try:
         figure.savefig(Path(file).expanduser())
-    except (OSError, ValueError) as error:
-        fail(f"--plot {file}: {_first_line(error)}")
+    except OSError as error:
+        fail(f"--plot {file}: {error.strerror}")
 
 
 def join_values(

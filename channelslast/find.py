@@ -4,6 +4,7 @@ import gc
 import inspect
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -49,15 +50,16 @@ def _formats_to_try(learn: Learner, formats: Iterable[TrainFormat] | None, compi
     "The format of the Learner, and those asked for; with `compile` these compiled too."
     device, start = training_device(learn), learn.train_format
     if formats is None:
-        modes = {torch.float16: AMPMode.FP16.value, torch.bfloat16: AMPMode.BF16.value}
-        amp_modes = [None, *(modes[dtype] for dtype in accelerated_dtypes(device))]
+        names = {torch.float16: AMPMode.FP16.value, torch.bfloat16: AMPMode.BF16.value}
+        amp_modes = [None, *(names[dtype] for dtype in accelerated_dtypes(device))]
         has_images = bool(module_ndims(learn.model) or conv_ndims(learn.model)) and supports_channels_last(device)
         both = (False, True) if has_images else (False,)
         formats = [TrainFormat(last, amp_mode, start.compile) for amp_mode in amp_modes for last in both]
     formats = list(formats)
     if compile:
-        modes = (None, "default", "reduce-overhead") if device.type == "cuda" else (None, "default")
-        formats += [replace(fmt, compile=mode) for mode in modes for fmt in formats]
+        eager = [replace(fmt, compile=None) for fmt in formats]
+        modes = ("default", "reduce-overhead") if device.type == "cuda" else ("default",)
+        formats = [*formats, *eager, *(replace(fmt, compile=mode) for mode in modes for fmt in eager)]
     return list(dict.fromkeys(formats if start in formats else [start, *formats]))
 
 
@@ -124,7 +126,7 @@ def _cannot_train(fmt: TrainFormat, device: torch.device) -> str | None:
 
 def _is_in_a_fit(learn: Learner) -> bool:
     "Whether `learn` is training or predicting, further up in what calls this. (fastai keeps no record of it.)"
-    loops = {vars(Learner)[name].__code__ for name in ("fit", "validate", "get_preds")}
+    loops = {vars(Learner)[name].__code__ for name in ("fit", "validate")}  # get_preds runs the loop of validate
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in loops and frame.f_locals.get("self") is learn:
@@ -155,9 +157,11 @@ def _load_batches(learn: Learner, seconds: float) -> tuple[list[Any], float]:
         raise ValueError("learn.dls holds no training data: pass a Learner with at least one batch to train on")
     device = training_device(learn)
     batches, n_items = [], 0
-    started = time.perf_counter()
+    started = first = time.perf_counter()
     for batch in learn.dls.train:
-        n_items += find_bs(batch)
+        if not batches:
+            first = time.perf_counter()  # until here workers were starting
+        n_items += n_items_in(batch)
         if len(batches) < _N_BATCHES and (not batches or _shapes(batch) == _shapes(batches[0])):
             batches.append(batch)
         if time.perf_counter() - started > seconds:
@@ -165,8 +169,18 @@ def _load_batches(learn: Learner, seconds: float) -> tuple[list[Any], float]:
     if not batches:
         raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
     _synchronize(device)
-    items_per_s = n_items / max(1e-9, time.perf_counter() - started)  # some clocks are coarse
+    later = n_items - n_items_in(batches[0])
+    n_items, since = (later, first) if later else (n_items, started)
+    items_per_s = n_items / max(1e-9, time.perf_counter() - since)  # some clocks are coarse
     return [to_device(batch, device) for batch in batches], items_per_s
+
+
+def n_items_in(
+    batch: Any,
+) -> int:
+    "How many images, or other items, `batch` holds: a tensor of them, or a list as detection models take."
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return len(inputs) if isinstance(inputs, (tuple, list)) else find_bs(batch)
 
 
 def _shapes(batch: Any) -> list[tuple[int, ...]]:
@@ -220,6 +234,8 @@ class _TimedSteps(Callback):
     def __init__(self, batches: list[Any], device: torch.device, scaler_state: dict[str, Any]):
         self.batches, self.scaler_state = batches, scaler_state
         self.clock = _Clock(device)
+        self.error: str | None = "a callback of the Learner cancelled the fit before it had trained enough steps"
+        self.has_gradients = False
 
     def before_fit(self):
         scaler = getattr(self.learn, "scaler", None)
@@ -234,12 +250,26 @@ class _TimedSteps(Callback):
             self.shapes = [tuple(tensor.shape) for tensor in tensors_in(self.xb)]
             self.mark()
 
+    def after_backward(self):
+        self.has_gradients = True
+
     def after_batch(self):
         self.mark()
         if self.has_enough():
-            scaler = getattr(self.learn, "scaler", None)
-            self.scaler_state = scaler.state_dict() if scaler is not None else {}
+            self.finish()
             raise _Done()
+
+    def finish(self):
+        scaler = getattr(self.learn, "scaler", None)
+        self.scaler_state = scaler.state_dict() if scaler is not None else {}
+        self.error = None
+        if not torch.isfinite(torch.as_tensor(self.learn.loss)).all():
+            self.error = f"the loss is {float(torch.as_tensor(self.learn.loss).sum())}"
+        elif not self.has_gradients:
+            self.error = "a callback of the Learner cancelled every batch before its backward pass"
+
+    def before_validate(self):
+        raise _Done()  # a callback cancelled the training
 
     def mark(self):
         self.clock.mark()
@@ -248,17 +278,14 @@ class _TimedSteps(Callback):
 class _WarmUp(_TimedSteps):
     "Train until a step is hardly faster than the one before."
 
-    def __init__(self, *args: Any, agree: Callable):
+    def __init__(self, *args: Any, agree: Callable, is_late: Callable[[], bool]):
         super().__init__(*args)
-        self.agree = agree
+        self.agree, self.is_late = agree, is_late
 
     def has_enough(self) -> bool:
         ms = self.clock.ms()
         is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
-        return self.agree(min, is_steady) or len(ms) >= 12
-
-    def steps_ms(self) -> list[float]:
-        return self.clock.ms()[-1:]
+        return self.agree(min, is_steady) or len(ms) >= 12 or self.is_late()
 
 
 class _Round(_TimedSteps):
@@ -314,6 +341,7 @@ class _Search:
         self.budget = budget
         self.started = time.perf_counter()
         self.uncounted = 0.0  # seconds of compilation
+        self.warm_up_s: list[float] = []  # of each candidate so far, compilation not counted
         self.n_steps = 1
         self.originals = _cuda_tensors(learn)
 
@@ -337,13 +365,14 @@ class _Search:
         seconds = self.budget or BUDGET
         self.batches, items_per_s = _load_batches(self.learn, min(2.0, seconds / 10))
         self.data_items_per_s = self.agree(sum, items_per_s)
-        self.n_items = self.agree(sum, find_bs(self.batches[0]))
-        for candidate in self.running:
+        self.n_items = self.agree(sum, n_items_in(self.batches[0]))
+        waiting = self.running
+        while waiting:
+            candidate, *waiting = waiting
             self.progress(self.spent() / seconds, f"warm-up: {candidate.row.format}")
             self.warm_up(candidate)
-            self.check_budget()
+            self.check_budget(len(waiting))
         self.check_any()
-        self.check_budget(is_warm=True)
         self.choose_n_steps(seconds - self.spent())
         n_rounds, spent, took = 0, self.spent(), 0.0
         while n_rounds < _MIN_ROUNDS or spent + 0.5 * took < seconds:  # the nearest number of rounds
@@ -356,44 +385,40 @@ class _Search:
             spent += took
 
     def check_any(self) -> None:
-        if not self.running:
-            reasons = "; ".join(f"{candidate.row.format}: {candidate.row.error}" for candidate in self.candidates)
+        choices = [candidate.row for candidate in self.candidates if candidate.is_choice]
+        if all(row.error for row in choices):
+            reasons = "; ".join(f"{row.format}: {row.error}" for row in choices)
             raise RuntimeError(f"No format can train this Learner. {reasons}")
 
     def warm_up(self, candidate: Candidate) -> None:
-        started = time.perf_counter()
-        steps = self.fit(candidate, _WarmUp, agree=self.agree)
+        is_compiling = bool(candidate.row.format.compile)
+        started, spent = time.perf_counter(), self.spent()
+        is_late = lambda: self.budget is not None and not is_compiling and self.spent() > self.budget  # noqa: E731
+        steps, error = self.fit(candidate, _WarmUp, agree=self.agree, is_late=is_late)
         took = time.perf_counter() - started
-        if candidate.row.format.compile:
+        if is_compiling:
             self.uncounted += took
-        if steps:
+        self.warm_up_s.append(self.spent() - spent)
+        candidate.row.error = error
+        if not error:
             ms = steps.clock.ms()
             candidate.step_s = self.agree(max, ms[-1] / 1000)
             candidate.overhead_s = self.agree(max, took - sum(ms) / 1000)
             candidate.row.warmup_s = took
             self.shapes = steps.shapes
 
-    def check_budget(self, is_warm: bool = False) -> None:
-        "Raise an error where the budget is used up; once all are warm, where it cannot hold the fewest rounds."
+    def check_budget(self, n_waiting: int) -> None:
+        "Raise an error where the budget is used up; once none is waiting, where it cannot hold the fewest rounds."
         if self.budget is None:
             return
-        warm = [candidate for candidate in self.running if candidate.step_s]
-        spent, rounds = self.spent(), _MIN_ROUNDS * self.round_s(warm, 1)
-        if spent > self.budget or (is_warm and spent + rounds > self.budget):
-            n = len(self.running)
-            needed = (spent + rounds) * n / max(1, len(warm))
+        spent, warm = self.spent(), [candidate for candidate in self.running if candidate.step_s]
+        rounds = _MIN_ROUNDS * self.round_s(warm, 1) * (len(warm) + n_waiting) / max(1, len(warm))
+        needed = spent + n_waiting * statistics.median(self.warm_up_s) + rounds
+        if spent > self.budget or (not n_waiting and needed > self.budget):
             raise ValueError(
-                f"budget={self.budget!r} seconds cannot hold {_MIN_ROUNDS} timed steps of {n} formats: pass at least "
-                f"{needed * 1.2:.2g}, None, or fewer formats"
+                f"budget={self.budget!r} seconds cannot hold {_MIN_ROUNDS} timed steps of {len(warm) + n_waiting} "
+                f"formats: pass at least {1.3 * needed:.{0 if needed > 5 else 2}f}, None, or fewer formats"
             )
-
-    def n_lead(self, candidate: Candidate) -> int:
-        "Steps of a round before the first timed one."
-        if self.device.type != "cuda":
-            return 1  # makes the optimizer's state
-        return (
-            4 if candidate.row.format.compile == "reduce-overhead" else 2
-        )  # graphs of moved weights; filling the queue
 
     def round_s(self, candidates: list[Candidate], n_steps: int) -> float:
         "Seconds that a round of `candidates` takes, about."
@@ -409,35 +434,39 @@ class _Search:
         self.n_steps = max(1, int(timed_s / sum(candidate.step_s for candidate in self.running)))
 
     def time(self, candidate: Candidate) -> None:
-        steps = self.fit(candidate, _Round, n_lead=self.n_lead(candidate), n=self.n_steps)
-        if steps:
-            candidate.row.samples.append(self.agree(max, statistics.median(steps.steps_ms())))
-            if steps.peak_bytes is not None:
-                moved = sum(size for tensor, memory, size in self.originals if tensor.data_ptr() != memory)
-                peak_bytes = self.agree(max, steps.peak_bytes - moved)
-                candidate.row.peak_bytes = max(candidate.row.peak_bytes or 0, peak_bytes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the warm-up gave them
+            steps, error = self.fit(candidate, _Round, n_lead=self.n_lead(candidate), n=self.n_steps)
+        if error:
+            candidate.row.error = error
+            candidate.row.samples.clear()
+            return
+        candidate.row.samples.append(self.agree(max, statistics.median(steps.steps_ms())))
+        if steps.peak_bytes is not None:
+            moved = sum(size for tensor, memory, size in self.originals if tensor.data_ptr() != memory)
+            peak_bytes = self.agree(max, steps.peak_bytes - moved)
+            candidate.row.peak_bytes = max(candidate.row.peak_bytes or 0, peak_bytes)
 
-    def fit(self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any) -> _TimedSteps | None:
-        "Train some steps; None, and the reason in the candidate's row, where that fails."
-        error = None
+    def fit(self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any) -> tuple[Any, str | None]:
+        "Train some steps; these, and why they failed, in the words of the first process that did."
+        error = steps = None
         try:
             with unchanged_learner(self.learn, values=False):
                 candidate.prepare(self.learn)
                 steps = new_steps(self.batches, self.device, candidate.scaler_state, **kwargs)
                 try:
-                    self.learn.fit(1, lr=0, cbs=steps)
-                    raise RuntimeError("a callback of the Learner cancelled the fit before it had trained enough steps")
+                    with self.learn.added_cbs(steps):
+                        self.learn.fit(1, 0)
                 except _Done:
-                    candidate.scaler_state = steps.scaler_state
+                    pass
+                candidate.scaler_state, error = steps.scaler_state, steps.error
         except Exception as raised:
             error = shorten(f"{type(raised).__name__}: {raised}", 300)
         error = self.agree(_first_error, error)
         if error:
-            candidate.row.error = error
-            candidate.row.samples.clear()
             gc.collect()  # what the traceback held
         self.give_back_memory(is_all=error is not None or new_steps is _WarmUp)
-        return None if error else steps
+        return steps, error
 
     def give_back_memory(self, is_all: bool) -> None:
         "Return memory that PyTorch keeps for the next allocation to the GPU, where much has piled up."
@@ -472,11 +501,9 @@ class _Search:
         if self.device.type != "cuda":
             return None
         with ExitStack() as running:
-            steps = self.fit(candidate, _ProfiledStep, n_lead=self.n_lead(candidate), running=running)
-        shares = steps and gpu_shares(steps.profiler.events(), candidate.row.ms / 1000)
-        return (
-            self.agree(max, shares.busy if shares else 0.0) or None
-        )  # no kernel seen: the profiler does not work here
+            steps, error = self.fit(candidate, _ProfiledStep, n_lead=self.n_lead(candidate), running=running)
+        busy = 0.0 if error else gpu_shares(steps.profiler.events(), candidate.row.ms / 1000).busy
+        return self.agree(max, busy) or None  # without any kernel the profiler does not work here
 
 
 def _first_error(errors: list[str | None]) -> str | None:
@@ -564,9 +591,6 @@ def format_find(
     formats = _check_formats(formats)
     _check("compile", compile, bool)
     _check("show_plot", show_plot, bool)
-    _check_budget(budget)
-    if _is_in_a_fit(self):
-        raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
     timings = find_format(self, new_candidates(self, formats, compile), budget)
     if not rank_distrib():
         print(timings)
@@ -582,6 +606,9 @@ def find_format(
     start: TrainFormat | None = None,  # with which the others are compared; None: that of `learn`
 ) -> FormatTimings:
     "Time `candidates` on `learn`, and leave it as it was."
+    _check_budget(budget)
+    if _is_in_a_fit(learn):
+        raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
     start = start or learn.train_format
     is_compiling = any(candidate.row.format.compile for candidate in candidates)
     with _progress_bar(learn) as progress, unchanged_learner(learn), _compiling(is_compiling):

@@ -3,12 +3,15 @@
 import copy
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -52,13 +55,14 @@ def unchanged_learner(
     state and other tensors keep the values, memory and strides that they got.
     """
     loss_func = getattr(learn.loss_func, "func", learn.loss_func)  # fastai's losses wrap PyTorch's
-    modules = [module for module in (learn.model, loss_func, learn.loss_func) if isinstance(module, nn.Module)]
+    modules = [module for module in (learn.model, loss_func) if isinstance(module, nn.Module)]
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
     autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
     made_before = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None
     optimizers = [*with_wrapped(learn.opt), *with_wrapped(made_before)]
-    with _unchanged(modules, [learn, learn.dls, *optimizers, *loaders, *samplers], values):
+    others = [learn, learn.dls, *optimizers, *loaders, *samplers]
+    with _unchanged([*modules, learn.loss_func], others, values), _unchanged_generators(learn.dls):
         try:
             _use_copied_callbacks(learn)
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
@@ -83,53 +87,117 @@ def unchanged_tensors(
 
 
 @contextmanager
-def _unchanged(modules: Iterable[nn.Module], others: Iterable[Any], values: bool = True) -> Iterator[None]:
+def _unchanged(roots: Iterable[Any], others: Iterable[Any], values: bool = True) -> Iterator[None]:
+    "`roots`, modules or objects that hold some, with all that they reach; `others` with their own attributes alone."
+    modules = [root for root in roots if isinstance(root, nn.Module)]
     if any(map(has_lazy_parameters, modules)):
         raise ValueError("The model has lazy parameters, which get their shape for good: run one forward pass before")
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    attributes = _Attributes([*others, *(child for module in modules for child in module.modules())])
-    saved = _Values([*tensors, *attributes.tensors] if values else [])
+    attributes = [_Attributes(roots, is_deep=True), _Attributes(others, is_deep=False)]
+    saved = _Values([*tensors, *attributes[0].tensors, *attributes[1].tensors] if values else [])
     states = get_random_states()
-    gradients = _Gradients(tensors)
+    gradients = _Gradients([*tensors, *attributes[0].tensors])
     try:
         yield
     finally:
         set_random_states(**states)
-        attributes.restore()
+        for part in attributes:
+            part.restore()
         saved.restore()
         gradients.restore()
+
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+def _generator(generator: Any) -> tuple[Callable[[Any], Any], Any]:
+    "What puts `generator` back, and the state to give it."
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.set_state, generator.get_state()
+    if isinstance(generator, torch.Generator):
+        return generator.set_state, generator.get_state()
+    bits = generator.bit_generator
+    return partial(setattr, bits, "state"), bits.state
+
+
+def _is_plain(value: Any) -> bool:
+    "Whether the attributes of `value` are its state: no class, function, Learner, callback or running iterator."
+    others = (type, ModuleType, FunctionType, MethodType, Learner, Callback, Tensor)
+    return hasattr(value, "__dict__") and not isinstance(value, others) and not hasattr(value, "__next__")
+
+
+@contextmanager
+def _unchanged_generators(root: Any, n_most: int = 10_000) -> Iterator[None]:
+    "Put the random generators back that `root` reaches; not through containers of more than `n_most`, which are data."
+    todo, seen, generators = [root], set(), []
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, Tensor, np.ndarray, nn.Module)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, _GENERATORS):
+            generators.append(_generator(value))
+        elif isinstance(value, dict):
+            todo += list(value.values()) if len(value) <= n_most else []
+        elif isinstance(value, (list, tuple, set, deque)):
+            todo += value if len(value) <= n_most else []
+        elif isinstance(value, partial):
+            todo += [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType):
+            todo.append(value.__self__)
+        elif isinstance(value, FunctionType):
+            todo += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        elif _is_plain(value):
+            todo += vars(value).values()
+    try:
+        yield
+    finally:
+        for set_state, state in generators:
+            set_state(state)
 
 
 class _Attributes:
     "The attributes of objects, with the containers, arrays and random generators in them; their tensors in `tensors`."
 
-    def __init__(self, objects: Iterable[Any]):
-        self.attributes = [(vars(obj), dict(vars(obj))) for obj in objects if hasattr(obj, "__dict__")]
+    def __init__(
+        self,
+        objects: Iterable[Any],
+        is_deep: bool,  # also those of the objects in them
+    ):
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.containers: dict[int, tuple[Any, Any]] = {}
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.generators: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
-        todo = [value for _, saved in self.attributes for value in saved.values()]
+        seen: set[int] = set()
+        todo = []
+        for obj in objects:
+            if hasattr(obj, "__dict__") and id(obj) not in seen:
+                seen.add(id(obj))
+                self.attributes.append((vars(obj), dict(vars(obj))))
+                todo += vars(obj).values()
         while todo:
             value = todo.pop()
             if isinstance(value, Tensor):
                 self.tensors.append(value)
             elif isinstance(value, np.ndarray):
                 self.arrays.append((value, value.copy()))
-            elif isinstance(value, random.Random):
-                self.generators.append((value.setstate, value.getstate()))
-            elif isinstance(value, torch.Generator):
-                self.generators.append((value.set_state, value.get_state()))
-            elif isinstance(value, np.random.Generator):
-                bits = value.bit_generator
-                self.generators.append((lambda state, bits=bits: setattr(bits, "state", state), bits.state))
+            elif isinstance(value, _GENERATORS):
+                self.generators.append(_generator(value))
             elif isinstance(value, L):
                 todo.append(value.items)
             elif isinstance(value, tuple):
                 todo += value
-            elif isinstance(value, (dict, list, set, deque)) and id(value) not in self.containers:
-                self.containers[id(value)] = value, copy.copy(value)
-                todo += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, (dict, list, set, deque)):
+                if id(value) not in self.containers:
+                    self.containers[id(value)] = value, copy.copy(value)
+                    todo += value.values() if isinstance(value, dict) else value
+            elif is_deep and _is_plain(value) and id(value) not in seen:
+                seen.add(id(value))
+                self.attributes.append((vars(value), dict(vars(value))))
+                todo += vars(value).values()
 
     def restore(self) -> None:
         for attributes, saved in self.attributes:
@@ -191,17 +259,34 @@ def _use_copied_callbacks(learn: Learner) -> None:
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    "A deep copy; where an attribute cannot be copied, as an open file, the copy shares that one."
+    "A deep copy; what in it cannot be copied, as an open file or a tensor with a gradient function, it shares."
+    if id(value) in memo:
+        return memo[id(value)]
     tried = dict(memo)
     try:
         result = copy.deepcopy(value, tried)
     except Exception:
-        result = copy.copy(value)
-        tried = {**memo, id(value): result}
-        for name, item in vars(value).items():
-            try:
-                vars(result)[name] = copy.deepcopy(item, tried)
-            except Exception:
-                continue
+        return _copy_by_parts(value, memo)
     memo.update(tried)
+    return result
+
+
+def _copy_by_parts(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (list, set, deque, tuple)) and not hasattr(value, "_fields"):  # a named tuple is shared
+        result = type(value)(_copy(item, memo) for item in value)
+    elif isinstance(value, dict):
+        result = copy.copy(value)
+        for key, item in value.items():
+            result[key] = _copy(item, memo)
+    elif _is_plain(value) or isinstance(value, Callback):
+        try:
+            result = copy.copy(value)
+        except Exception:
+            return value
+        memo[id(value)] = result
+        for name, item in vars(value).items():
+            vars(result)[name] = _copy(item, memo)
+    else:
+        result = value
+    memo[id(value)] = result
     return result

@@ -2,6 +2,7 @@
 
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan, nan
@@ -172,7 +173,8 @@ class FormatTimings(Sequence):
         return [textwrap.fill(text, 110), ""]
 
     def _header(self) -> str:
-        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes)
+        counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
+        shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max(len(row.samples) for row in self.rows)
         steps = "a step" if self.n_steps == 1 else f"{self.n_steps} steps"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"

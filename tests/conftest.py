@@ -8,6 +8,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from channelslast import find, precision
@@ -122,3 +124,15 @@ def learn(new_learner):
 def tabular_learner(new_learner):
     "A function that makes a Learner whose model has no 4D or 5D weights."
     return lambda: new_learner(lambda: nn.Linear(5, 3), new_dls(5))
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory):
+    "The first hundred zeros and ones of scikit-learn's digits, in two class folders."
+    folder = tmp_path_factory.mktemp("images")
+    digits = load_digits(n_class=2)
+    for number, (image, label) in enumerate(zip(digits.images[:100], digits.target)):
+        file = folder / str(label) / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
+    return folder

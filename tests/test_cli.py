@@ -119,10 +119,12 @@ def test_options_are_understood_in_both_spellings():
     def function(amp_mode: str = "auto", path: str = ""):
         pass
 
-    for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=bf16"]):
-        spelled = " ".join(spell_options([*spelling, "--path", "a_b-c"], function))
-        assert spelled.split("mode")[0] == spell_options(["--amp-mode"], function)[0].split("mode")[0]
-        assert spelled.endswith("--path a_b-c")
+    (known,) = spell_options(["--amp-mode"], function)
+    assert known in ("--amp-mode", "--amp_mode")
+    for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=b_f-16"]):
+        spelled = spell_options([*spelling, "--path", "a_b-c", "--no_such"], function)
+        assert spelled[0].split("=")[0] == known and spelled[-3:] == ["--path", "a_b-c", "--no_such"]
+        assert "=" not in spelled[0] or spelled[0].endswith("=b_f-16")
 
 
 @pytest.mark.parametrize(
@@ -187,12 +189,13 @@ def test_device_where_channels_last_is_not_reliable(fails, monkeypatch):
 
 
 def test_unknown_command(fails):
-    assert fails("sumary") == "channelslast: error: sumary: no such command; pass one of summary"
+    assert fails("sumary") == "channelslast: error: sumary: no such command; pass one of summary, find"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_the_commands(run, arguments):
-    assert "summary" in run(*arguments)
+    printed = run(*arguments)
+    assert "  summary " in printed and "  find " in printed
 
 
 def test_help_of_a_command_tells_its_options(run, capsys):
@@ -228,3 +231,97 @@ def test_every_architecture_of_torchvision_is_known_by_its_kind():
     kinds = {cli._torchvision_kind(name) for name in torchvision.models.list_models()}
     assert kinds == {"models", "segmentation", "detection", "video", "optical_flow", "quantization"}
     assert cli._torchvision_kind("convnext_nano") == ""
+
+
+# find
+
+
+@pytest.fixture
+def find(run, monkeypatch, bf16_cpu):
+    "A function that runs `channelslast find` on the CPU, for the shortest time."
+    monkeypatch.setattr("channelslast.find.BUDGET", 1e-3)
+    return lambda *arguments: run("find", "--device", "cpu", "--size", 32, "--bs", 4, *arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_find_several_architectures_with_record_and_picture(find, tmp_path, capsys):
+    files = tmp_path / "record.json", tmp_path / "picture.png"
+    options = ["--opt", "fused", "--built-in", "--verify", "--json", files[0], "--plot", files[1]]
+    printed = find("--arch", "resnet18", "mobilenetv3_small_050", *options)
+    assert printed.count("Format   ") == 2 and printed.count("Again: ") == 2 and "fastai's own" in printed
+    assert printed.index("resnet18:") < printed.index("mobilenetv3_small_050:")
+    record = json.loads(files[0].read_text())
+    assert record["command"].startswith("channelslast find --device cpu") and record["versions"]["torch"]
+    first, second = record["results"]
+    assert (first["arch"], second["arch"]) == ("resnet18", "mobilenetv3_small_050")
+    formats = ["contiguous fp32", "channels last fp32", "contiguous bf16", "channels last bf16"]
+    for result in record["results"]:
+        assert [row["format"] for row in result["rows"]] == formats and result["best"] in formats
+        assert all(row["ms"] > 0 and row["error"] is None and row["peak_bytes"] is None for row in result["rows"])
+        assert result["built_in"]["ms"] > 0 and result["verified"]["best_vs_fastest"] >= 1
+        assert result["opt"] == "fused" and result["bs"] == 4 and result["shapes"] == [[4, 3, 32, 32]]
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+ALL_KINDS = ["DynamicUnet", "deeplabv3_mobilenet_v3_large", "r3d_18", "ssdlite320_mobilenet_v3_large", "inception_v3"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch", ALL_KINDS)
+def test_find_trains_every_kind_of_architecture(find, arch):
+    size = {"inception_v3": 96}.get(arch, 32)
+    printed = find("--arch", arch, "--size", size, "--bs", 2, "--formats", "contiguous fp32, channels last fp32")
+    assert "channels last fp32  " in printed and "Error" not in printed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_find_on_a_folder_of_images(find, digits_folder):
+    printed = find("--arch", "resnet18", "--path", digits_folder, "--formats", "channels  last bf16")
+    assert "(input shape: 4 x 3 x 32 x 32)" in printed
+    assert [line.split("  ")[0] for line in printed.splitlines() if "fp32  " in line or "bf16  " in line] == [
+        "contiguous fp32",
+        "channels last bf16",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--arch: pass names of fastai, torchvision or timm models"),
+        (
+            ["--arch", "resnet18", "resnet51a"],
+            "--arch resnet51a: no such model in fastai, torchvision or timm; did you",
+        ),
+        (["--arch", "resnet18", "--opt", "adagrad"], "--opt adagrad: pass one of adam, fused"),
+        (["--arch", "resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
+        (["--arch", "resnet18", "--budget", "-1"], "--budget -1.0: pass a number above 0"),
+        (["--arch", "resnet18", "--formats", "fp16"], "--formats 'fp16': no such format; did you mean "),
+        (["--arch", "resnet18", "--formats", "contiguous fp32,"], "--formats '': no such format; did you mean "),
+        (["--arch", "resnet18", "--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json: there is no such"),
+        (["--arch", "resnet18", "--plot", "/no/such/folder/a.png"], "--plot /no/such/folder/a.png: there is no such"),
+        (["--arch", "resnet18", "--plot", "a.xyz"], "--plot a.xyz: "),
+        (["--arch", "resnet18", "--path", "/no/such/folder"], "--path /no/such/folder: there is no such folder"),
+        (["--arch", "DynamicUnet", "--path", "."], "--arch DynamicUnet: no such classification model"),
+    ],
+)
+def test_find_refuses_bad_input_before_it_begins(fails, arguments, said):
+    assert said in fails("find", "--device", "cpu", *arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        find("--arch", "vit_b_16,resnet18", "--formats", "contiguous fp32", "--json", tmp_path / "a.json")
+    captured = capsys.readouterr()
+    assert ended.value.code == 1 and "error: vit_b_16" in captured.err and "ResNet (input" in captured.out
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert "error" in results[0] and results[1]["best"] == "contiguous fp32"
+
+
+def test_values_of_an_option_in_every_way():
+    for arguments in (["--arch", "a", "b"], ["--arch", "a", "--arch", "b"], ["--arch=a,b"], ["--arch", "a,b"]):
+        assert cli.join_values(["--bs", "3", *arguments, "--size", "4"], "--arch") == [
+            *["--bs", "3", "--size", "4"],
+            *["--arch", "a,b"],
+        ]
+    assert cli.join_values(["--bs", "3"], "--arch") == ["--bs", "3"]

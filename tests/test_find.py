@@ -722,9 +722,9 @@ def test_on_a_gpu_every_precision_with_its_memory_and_what_limits_it(cuda_learne
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("benchmark", [False, True], ids=["heuristics", "cudnn.benchmark"])
-def test_memory_of_the_search_is_that_of_its_hungriest_candidate(cuda_learner, monkeypatch, benchmark):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+@pytest.mark.parametrize("tries_kernels", [False, True], ids=["heuristics", "cudnn.benchmark"])
+def test_memory_of_the_search_is_that_of_its_hungriest_candidate(cuda_learner, monkeypatch, tries_kernels):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", tries_kernels)
     peaks = []
     real = torch.cuda.reset_peak_memory_stats
 

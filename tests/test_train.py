@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
 
 SCRIPT = Path(__file__).parent.parent / "nbs" / "examples" / "train.py"
 
@@ -20,22 +18,10 @@ def train():
     return module
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "The first hundred zeros and ones of scikit-learn's digits, in two class folders."
-    folder = tmp_path_factory.mktemp("images")
-    digits = load_digits(n_class=2)
-    for number, (image, label) in enumerate(zip(digits.images[:100], digits.target)):
-        file = folder / str(label) / f"{number}.png"
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
-    return folder
-
-
 @pytest.fixture
-def arguments(folder, monkeypatch):
+def arguments(digits_folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    return dict(path=str(folder), size=16, bs=16, epochs=1, device="cpu")
+    return dict(path=str(digits_folder), size=16, bs=16, epochs=1, device="cpu")
 
 
 def test_trains_an_image_folder_and_says_how_well_and_how_fast(train, arguments, capsys):
@@ -99,23 +85,23 @@ def test_folder_without_images(train, arguments, capsys, tmp_path):
     assert stopped.value.code == 2 and "no images" in capsys.readouterr().err
 
 
-def test_too_few_images(train, arguments, capsys, folder):
+def test_too_few_images(train, arguments, capsys, digits_folder):
     with pytest.raises(SystemExit) as stopped:
         train.main(**arguments | {"bs": 1000})
     assert stopped.value.code == 2 and "--bs 1000: there are 80 images to train on" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
-        train.main(**arguments | {"path": str(folder / "0")})
+        train.main(**arguments | {"path": str(digits_folder / "0")})
     assert stopped.value.code == 2 and "all images are of one class" in capsys.readouterr().err
     train.main(**arguments | {"bs": 64})
     assert "training steps: too few to time" in capsys.readouterr().out
 
 
-def test_runs_as_a_script(folder):
+def test_runs_as_a_script(digits_folder):
     command = [
         sys.executable,
         SCRIPT,
         "--path",
-        folder,
+        digits_folder,
         "--amp_mode",
         "none",
         "--size",
