@@ -420,6 +420,14 @@ class _Search:
                 f"formats: pass at least {1.3 * needed:.{0 if needed > 5 else 2}f}, None, or fewer formats"
             )
 
+    def n_lead(self, candidate: Candidate) -> int:
+        "Steps of a round before the first timed one."
+        if self.device.type != "cuda":
+            return 1  # makes the optimizer's state
+        if candidate.row.format.compile == "reduce-overhead":
+            return 4  # weights have moved: the CUDA graphs are recorded anew
+        return 2  # until Python is ahead of the GPU
+
     def round_s(self, candidates: list[Candidate], n_steps: int) -> float:
         "Seconds that a round of `candidates` takes, about."
         overhead_s = min((candidate.overhead_s for candidate in candidates), default=0.0)  # the first one's is higher
