@@ -286,7 +286,6 @@ def _in_own_frame(function: Callable) -> Callable:
     def call(*args, **kwargs):
         return function(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()  # code of its own too: PyTorch limits how often it compiles the same one
     return call
 
 

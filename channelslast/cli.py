@@ -13,7 +13,7 @@ from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from itertools import product, starmap
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -417,7 +417,7 @@ def find(
     formats: str | None = None,  # as the table names them, with commas; default: all that the device accelerates
     compile: bool = False,  # also try each compiled by PyTorch
     opt: str = "adam",  # adam (fastai's) or fused (PyTorch's AdamW)
-    budget: float | None = None,  # seconds a model, compilation not counted; default: 25, more if steps are slow
+    budget: float | None = None,  # seconds a model, compilation not counted; default: 27, more if steps are slow
     built_in: bool = False,  # also time fastai's own `to_channelslast()`, to compare
     verify: bool = False,  # afterwards measure the best ones again
     plot: str | None = None,  # also draw the bars, to this file
@@ -427,44 +427,50 @@ def find(
     if arch is None:
         fail("--arch: pass names of fastai, torchvision or timm models, as --arch resnet50 convnext_tiny")
     for name, value in dict(bs=bs, size=size, budget=budget).items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < inf:
             fail(f"--{name} {value}: pass a number above 0")
     if opt not in OPTIMIZERS:
         fail(f"--opt {opt}: pass one of {', '.join(OPTIMIZERS)}")
     for name, file in dict(json=json, plot=plot).items():
         if file is not None and not Path(file).expanduser().parent.is_dir():
             fail(f"--{name} {file}: there is no such folder")
+        if file is not None and Path(file).expanduser().is_dir():
+            fail(f"--{name} {file}: that is a folder, name a file in it")
     kinds = FigureCanvasBase.get_supported_filetypes()
     if plot is not None and Path(plot).suffix[1:] not in kinds:
         fail(f"--plot {plot}: no kind of picture; let it end in one of .{', .'.join(kinds)}")
     torch_device, chosen = to_device(device), to_formats(formats)
     archs = [name for name in re.split(r"[\s,]+", arch) if name]
+    if not archs:
+        fail(f"--arch {arch!r}: pass names of fastai, torchvision or timm models, as --arch resnet50 convnext_tiny")
     for name in archs:
         check_arch(name, kind="classification" if path else None)
-    torch.backends.cudnn.benchmark = True
     results, found = [], {}
     for name in archs:
-        learn = new_learner(name, bs, size, torch_device, OPTIMIZERS[opt], path)
-        print(f"{name}:" if len(archs) > 1 else "", end="\n" if len(archs) > 1 else "")
-        candidates = new_candidates(learn, chosen, compile)
-        fastai_own = Candidate(TrainFormat(True, "fp16"), lambda learn: learn._orig_to_channelslast(), is_choice=False)
-        started = time.perf_counter()
+        if len(archs) > 1:
+            print(f"{name}:")
         try:
+            learn = new_learner(name, bs, size, torch_device, OPTIMIZERS[opt], path)
+            candidates = new_candidates(learn, chosen, compile)
+            fastai_own = Candidate(
+                TrainFormat(True, "fp16"), lambda learn: learn._orig_to_channelslast(), is_choice=False
+            )
+            started = time.perf_counter()
             timings = find_format(learn, [*candidates, *([fastai_own] if built_in else [])], budget)
-        except (ValueError, RuntimeError) as error:
-            print(f"{Path(sys.argv[0]).name}: error: {name}: {error}", file=sys.stderr)
+            seconds = round(time.perf_counter() - started, 1)
+            print(timings)
+            found[name] = timings
+            result = {"arch": name, "bs": bs, "opt": opt, "seconds": seconds, **_timings_record(timings)}
+            if built_in:
+                result["built_in"] = _row_record(fastai_own.row)
+                ms = fastai_own.row.error or f"{fastai_own.row.ms:.2f} ms (IQR {fastai_own.row.iqr:.2f})"
+                print(f"fastai's own to_channelslast(): {ms}")
+            if verify:
+                result["verified"] = _verify(learn, timings, budget)
+            results.append(result)
+        except Exception as error:
+            print(f"{Path(sys.argv[0]).name}: error: {name}: {_first_line(error)}", file=sys.stderr)
             results.append({"arch": name, "error": str(error)})
-            continue
-        seconds = time.perf_counter() - started
-        print(timings)
-        found[name] = timings
-        result = {"arch": name, "bs": bs, "opt": opt, "seconds": round(seconds, 1), **_timings_record(timings)}
-        if built_in:
-            result["built_in"] = _row_record(fastai_own.row)
-            print(f"fastai's own to_channelslast(): {fastai_own.row.ms:.2f} ms (IQR {fastai_own.row.iqr:.2f})")
-        if verify:
-            result["verified"] = _verify(learn, timings, budget)
-        results.append(result)
         if json is not None:  # after each, for what an interrupt would lose
             write_json(json, {"results": results}, torch_device)
     if plot is not None and found:
@@ -552,7 +558,7 @@ def join_values(
     "All values of `option`, one after the other or each with the option, as its one value."
     values, others, is_value = [], [], False
     for argument in arguments:
-        if argument.startswith("--"):
+        if re.match(r"--?[a-zA-Z]", argument):
             is_value = argument.split("=")[0] == option
             if is_value:
                 values += argument.split("=")[1:]
