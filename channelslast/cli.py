@@ -535,7 +535,7 @@ def _timings_record(timings: FormatTimings) -> dict[str, Any]:
 def _row_record(row: FormatTiming) -> dict[str, Any]:
     numbers = {name: getattr(row, name) for name in ("ms", "iqr", "items_per_s", "speedup", "warmup_s", "peak_bytes")}
     numbers = {name: None if value is None or isnan(value) else round(value, 4) for name, value in numbers.items()}
-    return {"format": str(row.format), **numbers, "error": row.error}
+    return {"format": str(row.format), **numbers, "samples": [round(ms, 3) for ms in row.samples], "error": row.error}
 
 
 def _plot_all(found: dict[str, FormatTimings], file: str) -> None:

@@ -41,6 +41,7 @@ _N_ROUNDS = 10  # more time makes them longer, which makes their medians steadie
 _FEW_ROUNDS = 5  # where more would go by with all but timed steps
 _MIN_ROUNDS = 3  # fewer have no spread
 _N_BATCHES = 4  # to train on, over and over
+_NO_NUMBER = "the loss is"
 
 
 # The candidates
@@ -75,6 +76,7 @@ class Candidate:
     ):
         self.row = FormatTiming(fmt, error=error)
         self.is_choice = is_choice
+        self.has_graphs = fmt.compile in ("reduce-overhead", "max-autotune")  # CUDA graphs, in memory of their own
         self.prepare = prepare or methodcaller("to_format", fmt)
         self.scaler_state: dict[str, Any] = {}
         self.step_s = self.overhead_s = 0.0
@@ -264,7 +266,7 @@ class _TimedSteps(Callback):
         self.scaler_state = scaler.state_dict() if scaler is not None else {}
         self.error = None
         if not torch.isfinite(torch.as_tensor(self.learn.loss)).all():
-            self.error = f"the loss is {float(torch.as_tensor(self.learn.loss).sum())}"
+            self.error = f"{_NO_NUMBER} {float(torch.as_tensor(self.learn.loss).sum())}"
         elif not self.has_gradients:
             self.error = "a callback of the Learner cancelled every batch before its backward pass"
 
@@ -334,8 +336,16 @@ class _ProfiledStep(_Round):
 class _Search:
     "Times candidates in interleaved rounds, on a Learner that its caller restores."
 
-    def __init__(self, learn: Learner, candidates: list[Candidate], budget: float | None, progress: Callable):
-        self.learn, self.candidates, self.progress = learn, candidates, progress
+    def __init__(
+        self,
+        learn: Learner,
+        candidates: list[Candidate],
+        budget: float | None,
+        progress: Callable[[float, str], None],
+        put_tensors_back: Callable[[], None],
+    ):
+        self.learn, self.candidates = learn, candidates
+        self.progress, self.put_tensors_back = progress, put_tensors_back
         self.device = training_device(learn)
         self.is_distributed = any(isinstance(cb, DistributedTrainer) for cb in learn.cbs)
         self.budget = budget
@@ -424,7 +434,7 @@ class _Search:
         "Steps of a round before the first timed one."
         if self.device.type != "cuda":
             return 1  # makes the optimizer's state
-        if candidate.row.format.compile == "reduce-overhead":
+        if candidate.has_graphs:
             return 4  # weights have moved: the CUDA graphs are recorded anew
         return 2  # until Python is ahead of the GPU
 
@@ -450,13 +460,24 @@ class _Search:
             candidate.row.samples.clear()
             return
         candidate.row.samples.append(self.agree(max, statistics.median(steps.steps_ms())))
-        if steps.peak_bytes is not None:
+        if steps.peak_bytes is not None and not candidate.has_graphs:
             moved = sum(size for tensor, memory, size in self.originals if tensor.data_ptr() != memory)
             peak_bytes = self.agree(max, steps.peak_bytes - moved)
             candidate.row.peak_bytes = max(candidate.row.peak_bytes or 0, peak_bytes)
 
     def fit(self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any) -> tuple[Any, str | None]:
         "Train some steps; these, and why they failed, in the words of the first process that did."
+        steps, error = self.try_to_fit(candidate, new_steps, **kwargs)
+        if error:
+            self.put_tensors_back()  # even at a learning rate of 0 a gradient that is no number spoils the weights
+        if error and error.startswith(_NO_NUMBER):  # maybe those that another candidate has spoilt
+            steps, error = self.try_to_fit(candidate, new_steps, **kwargs)
+            self.put_tensors_back()
+        return steps, error
+
+    def try_to_fit(
+        self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any
+    ) -> tuple[Any, str | None]:
         error = steps = None
         try:
             with unchanged_learner(self.learn, values=False):
@@ -619,7 +640,7 @@ def find_format(
         raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
     start = start or learn.train_format
     is_compiling = any(candidate.row.format.compile for candidate in candidates)
-    with _progress_bar(learn) as progress, unchanged_learner(learn), _compiling(is_compiling):
-        search = _Search(learn, candidates, budget, progress)
+    with _progress_bar(learn) as progress, unchanged_learner(learn) as put_tensors_back, _compiling(is_compiling):
+        search = _Search(learn, candidates, budget, progress, put_tensors_back)
         search.run()
         return search.timings(start)

@@ -46,8 +46,8 @@ def unchanged_modules(
 def unchanged_learner(
     learn: Learner,
     values: bool = True,  # False: what is written into tensors stays, which saves a copy of them
-) -> Iterator[None]:
-    """Put `learn` back afterwards, also after an exception.
+) -> Iterator[Callable[[], None]]:
+    """Put `learn` back afterwards, also after an exception; gives a function that puts the tensors back in between.
 
     Its model and loss function as `unchanged_modules` does, optimizer, DataLoaders, autocast, random states, and its
     own attributes. Its callbacks and metrics stay untouched, for copies take their place in between; trackers and
@@ -62,11 +62,12 @@ def unchanged_learner(
     made_before = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None
     optimizers = [*with_wrapped(learn.opt), *with_wrapped(made_before)]
     others = [learn, learn.dls, *optimizers, *loaders, *samplers]
-    with _unchanged([*modules, learn.loss_func], others, values), _unchanged_generators(learn.dls):
+    unchanged = _unchanged([*modules, learn.loss_func], others, values)
+    with unchanged as put_tensors_back, _unchanged_generators(learn.dls):
         try:
             _use_copied_callbacks(learn)
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
-            yield
+            yield put_tensors_back
         finally:
             for state in autocast:
                 state.restore()
@@ -87,7 +88,7 @@ def unchanged_tensors(
 
 
 @contextmanager
-def _unchanged(roots: Iterable[Any], others: Iterable[Any], values: bool = True) -> Iterator[None]:
+def _unchanged(roots: Iterable[Any], others: Iterable[Any], values: bool = True) -> Iterator[Callable[[], None]]:
     "`roots`, modules or objects that hold some, with all that they reach; `others` with their own attributes alone."
     modules = [root for root in roots if isinstance(root, nn.Module)]
     if any(map(has_lazy_parameters, modules)):
@@ -98,7 +99,7 @@ def _unchanged(roots: Iterable[Any], others: Iterable[Any], values: bool = True)
     states = get_random_states()
     gradients = _Gradients([*tensors, *attributes[0].tensors])
     try:
-        yield
+        yield saved.restore
     finally:
         set_random_states(**states)
         for part in attributes:

@@ -27,7 +27,7 @@ class FormatTiming:
     samples: list[float] = field(default_factory=list, repr=False)  # median milliseconds of a step in each round
     items_per_s: float = nan  # images, or what else a batch holds; of all processes
     speedup: float = nan  # against the format that the Learner had
-    peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA)
+    peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA); what CUDA graphs hold is not known
     warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
     error: str | None = None  # why this candidate could not train
 
@@ -76,9 +76,9 @@ class FormatTimings(Sequence):
     def best(self) -> TrainFormat:
         """The fastest format; among those that are not slower beyond the noise, the one that changes least.
 
-        One format is faster than another if the median of the differences, round by round, is larger than the spread:
-        the interquartile range of the differences, or the larger one of both formats where that is smaller. Whatever is
-        not faster than the format the Learner had is out.
+        One format is faster than another if their interquartile ranges do not overlap; or, which a drift of the whole
+        machine does not hide, if the median of the differences round by round is larger than their interquartile range.
+        Whatever is not faster than the format the Learner had is out.
         """
         return self.best_row.format
 
@@ -193,7 +193,7 @@ class FormatTimings(Sequence):
             line = f"{row.format!s:<{width}} {row.ms:>8.2f} {row.iqr:>7.2f} {row.items_per_s:>9,.0f}"
             line += f" {'' if isnan(row.speedup) else f'{row.speedup:.2f}':>8}"
             if on_gpu:
-                line += f" {row.peak_bytes / 1e9:>8.2f}"
+                line += f" {'' if row.peak_bytes is None else f'{row.peak_bytes / 1e9:.2f}':>8}"
             lines.append(f"{line} {row.warmup_s:>10.1f}  {', '.join(self._marks(row))}".rstrip())
         rule = "=" * max(len(head), *map(len, lines))
         return [rule, head.rstrip(), rule, *lines, rule]
@@ -238,7 +238,8 @@ class FormatTimings(Sequence):
 
 def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:
     differences = [b - a for a, b in zip(row.samples, other.samples)]
-    return statistics.median(differences) > min(_iqr(differences), max(row.iqr, other.iqr))
+    is_apart = np.percentile(row.samples, 75) < np.percentile(other.samples, 25)
+    return bool(is_apart) or statistics.median(differences) > _iqr(differences)
 
 
 def _n_changes(start: TrainFormat, fmt: TrainFormat) -> int:

@@ -601,6 +601,25 @@ def test_to_format_compiles_in_place_and_a_format_without_undoes_it(learn, count
     assert "_compiled_call_impl" not in vars(learn.model)
 
 
+@pytest.mark.parametrize("model", [TinyNet, lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())])
+def test_model_of_pytorchs_own_class_is_compiled_too(new_learner, monkeypatch, model):
+    real, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(model, mode=None, disable=False):
+        return real(model, backend=backend, disable=disable)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    learn = new_learner(model).to_format(TrainFormat(compile="default"))
+    with torch.no_grad():
+        for _ in range(3):
+            learn.model(torch.randn(2, 3, 8, 8))
+    assert len(graphs) == 1
+
+
 def test_model_that_its_owner_compiled_stays_so_unless_a_format_says_otherwise(learn, count_compiles):
     learn.model.compile()
     learn.to_channelslast(use_amp=False).fit(1)

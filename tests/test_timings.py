@@ -62,8 +62,12 @@ def test_best_is_the_fastest(timings):
         ({CONTIGUOUS: [40, 44, 46, 50], LAST: [30, 33, 35, 31]}, LAST),
         # the whole machine drifts, round by round one is faster
         ({CONTIGUOUS: [40, 60, 80, 100], LAST: [38, 58, 77, 98]}, LAST),
-        # one round is off, as the quartiles of the rounds themselves show
+        # one round is off
         ({CONTIGUOUS: [40, 40, 41, 80, 40], LAST: [37, 37, 37, 37, 37]}, LAST),
+        # one of both is noisy, and slower all the same
+        ({CONTIGUOUS: [30, 42, 35, 41], LAST: around(29)}, LAST),
+        # faster in the median, by less than what both spread over, round by round too
+        ({CONTIGUOUS: [40, 50, 60, 45], LAST: [45, 44, 50, 56]}, CONTIGUOUS),
         # two that are equal: the one that changes less
         ({CONTIGUOUS: around(40), LAST_BF16: [19, 20, 20, 21], LAST: [20.5, 19.5, 21, 20]}, LAST),
         ({CONTIGUOUS: around(40), COMPILED: around(20), CONTIGUOUS_BF16: around(20)}, CONTIGUOUS_BF16),
@@ -71,6 +75,8 @@ def test_best_is_the_fastest(timings):
         ({CONTIGUOUS: around(40), CONTIGUOUS_BF16: around(20.05), LAST: around(20)}, LAST),
         # a noisy one, as fast as the fastest for all one knows, but not faster than what the Learner has
         ({CONTIGUOUS: around(40), LAST: [5, 20, 60, 70], LAST_BF16: around(30)}, LAST_BF16),
+        # faster than what the Learner has by less than the noise, and so out
+        ({CONTIGUOUS: [40, 42, 44, 46], LAST: [39, 43, 41, 45], LAST_BF16: around(30)}, LAST_BF16),
         # what fails is out
         ({CONTIGUOUS: around(40), LAST: "out of memory", LAST_BF16: around(30)}, LAST_BF16),
     ],
@@ -202,3 +208,15 @@ def test_plot_without_a_speedup():
     ax = timings.plot()
     assert any(text.get_text().strip() == "best" for text in ax.texts)
     plt.close(ax.figure)
+
+
+def test_memory_that_is_not_known_is_left_blank():
+    timings = new_timings({CONTIGUOUS: around(40), COMPILED: around(20)})
+    timings[0].peak_bytes = 2_500_000_000
+    lines = str(timings).splitlines()
+    assert "2.50" in lines[4] and lines[5].index("0.5") > lines[4].index("2.50")
+
+
+def test_shapes_that_repeat_are_counted():
+    timings = new_timings({CONTIGUOUS: around(40)}, shapes=[(3, 8, 8)] * 16 + [(2,)])
+    assert "(input shape: 16 of 3 x 8 x 8, 2)" in str(timings)
