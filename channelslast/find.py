@@ -386,7 +386,7 @@ class _Search:
         self.choose_n_steps(seconds - self.spent())
         n_rounds, spent, took = 0, self.spent(), 0.0
         while n_rounds < _MIN_ROUNDS or spent + 0.5 * took < seconds:  # the nearest number of rounds
-            for candidate in self.running:
+            for candidate in self.running[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none
                 self.progress(self.spent() / seconds, str(candidate.row.format))
                 self.time(candidate)
             n_rounds += 1

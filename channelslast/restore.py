@@ -150,7 +150,7 @@ def _unchanged_generators(root: Any, n_most: int = 10_000) -> Iterator[None]:
             todo.append(value.__self__)
         elif isinstance(value, FunctionType):
             todo += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        elif _is_plain(value):
+        if _is_plain(value):  # a container may be
             todo += vars(value).values()
     try:
         yield

@@ -77,8 +77,9 @@ class FormatTimings(Sequence):
         """The fastest format; among those that are not slower beyond the noise, the one that changes least.
 
         One format is faster than another if their interquartile ranges do not overlap; or, which a drift of the whole
-        machine does not hide, if the median of the differences round by round is larger than their interquartile range.
-        Whatever is not faster than the format the Learner had is out.
+        machine does not hide, if the median of the differences round by round is larger than its own uncertainty, 1.57
+        interquartile ranges over the root of the number of rounds (McGill, Tukey and Larsen 1978, "Variations of Box
+        Plots"; the notch of a box plot). Whatever is not faster than the format the Learner had is out.
         """
         return self.best_row.format
 
@@ -239,7 +240,8 @@ class FormatTimings(Sequence):
 def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:
     differences = [b - a for a, b in zip(row.samples, other.samples)]
     is_apart = np.percentile(row.samples, 75) < np.percentile(other.samples, 25)
-    return bool(is_apart) or statistics.median(differences) > _iqr(differences)
+    notch = 1.57 * _iqr(differences) / len(differences) ** 0.5
+    return bool(is_apart) or statistics.median(differences) > notch
 
 
 def _n_changes(start: TrainFormat, fmt: TrainFormat) -> int:

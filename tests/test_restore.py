@@ -19,7 +19,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead, OptimWrapper, ranger
 from torch import nn
 
-from channelslast.callback import ChannelsLast
+from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last, module_to_memory_format
 from channelslast.precision import MixedPrecision
 from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
@@ -360,3 +360,75 @@ def test_model_wrapped_by_a_callback_is_unwrapped(learn):
         learn.fit(1)
         raise ZeroDivisionError
     assert learn.model is model
+
+
+def test_tensors_can_be_put_back_in_between(learn):
+    before = learn.model[0].weight.detach().clone()
+    with unchanged_learner(learn) as put_tensors_back:
+        for _ in range(2):
+            learn.fit(1)
+            assert not torch.equal(before, learn.model[0].weight)
+            put_tensors_back()
+            assert torch.equal(before, learn.model[0].weight)
+
+
+def test_values_that_stay(learn):
+    before = learn.model[0].weight.detach().clone()
+    hooks = len(learn.model[0]._forward_hooks)
+    with unchanged_learner(learn, values=False):
+        learn.to_channelslast(use_amp=False).fit(1)
+        learn.model[0].register_forward_hook(lambda *args: None)
+    assert not torch.equal(before, learn.model[0].weight) and is_channels_last(learn.model[0].weight)
+    assert learn.opt is None and len(learn.model[0]._forward_hooks) == hooks and learn.train_format == TrainFormat()
+
+
+def test_loaders_that_a_callback_replaced(learn):
+    loaders = learn.dls.loaders
+    with unchanged_learner(learn):
+        learn.dls.loaders = [[], []]
+    assert learn.dls.loaders is loaders
+
+
+class Point:
+    "An object with a state of every kind, and what must be left alone."
+
+    def __init__(self):
+        self.n, self.items, self.tensor = 0, [1], torch.zeros(1)
+        self.module, self.iterator, self.itself = nn.BatchNorm1d(2), iter([1, 2, 3]), self
+
+
+@pytest.mark.parametrize("holder", ["attribute", "list", "loss"])
+def test_state_of_objects_that_a_module_holds(holder):
+    point, module = Point(), nn.Linear(2, 2)
+    module.held = point if holder == "attribute" else {"point": [point]}
+    with unchanged_modules(module):
+        point.n, point.new = 5, 5
+        point.items.append(2)
+        point.tensor += 1
+        point.module(torch.randn(4, 2))
+        assert next(point.iterator) == 1
+    assert point.n == 0 and point.items == [1] and point.tensor == 0 and not hasattr(point, "new")
+    assert point.module.num_batches_tracked == 0 and next(point.iterator) == 2
+
+
+def test_generators_that_data_reach(learn):
+    class Data(list):
+        pass
+
+    generators = [
+        random.Random(1),
+        np.random.default_rng(1),
+        np.random.RandomState(1),
+        torch.Generator().manual_seed(1),
+    ]
+
+    def draw():
+        first, second, third, fourth = generators
+        return first.random(), second.random(), third.rand(), torch.rand(1, generator=fourth).item()
+
+    data = Data([1])
+    data.in_list, data.in_function, data.many = [generators[0]], draw, [object()] * 20_000
+    learn.dls.loaders[0] = data
+    with unchanged_learner(learn):
+        drawn = draw()
+    assert draw() == drawn

@@ -75,6 +75,8 @@ def test_best_is_the_fastest(timings):
         ({CONTIGUOUS: around(40), CONTIGUOUS_BF16: around(20.05), LAST: around(20)}, LAST),
         # a noisy one, as fast as the fastest for all one knows, but not faster than what the Learner has
         ({CONTIGUOUS: around(40), LAST: [5, 20, 60, 70], LAST_BF16: around(30)}, LAST_BF16),
+        # by less than the whole spread, often enough to be sure
+        ({CONTIGUOUS: [40, 41, 43, 46] * 4, LAST: [39, 41, 40, 42] * 4}, LAST),
         # faster than what the Learner has by less than the noise, and so out
         ({CONTIGUOUS: [40, 42, 44, 46], LAST: [39, 43, 41, 45], LAST_BF16: around(30)}, LAST_BF16),
         # what fails is out
