@@ -409,17 +409,17 @@ def write_json(
 
 
 def find(
-    arch: str | None = None,  # names of fastai, torchvision or timm models, as resnet50 convnext_tiny
+    arch: str | None = None,  # one or several names of fastai, torchvision or timm models, as resnet50 convnext_tiny
     bs: int = 16,  # images in a batch
     size: int | None = None,  # pixels square; default: what timm says, 112 for video, else 224
     path: str | None = None,  # folder of images, one subfolder a class; default: random images
     device: str | None = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
-    formats: str | None = None,  # as the table names them, with commas; default: all that the device accelerates
-    compile: bool = False,  # also try each compiled by PyTorch
+    formats: str | None = None,  # as "contiguous fp16, channels last bf16 compiled"; default: all that are accelerated
+    compile: bool = False,  # also try each compiled by PyTorch, which takes minutes
     opt: str = "adam",  # adam (fastai's) or fused (PyTorch's AdamW)
     budget: float | None = None,  # seconds a model, compilation not counted; default: 27, more if steps are slow
     built_in: bool = False,  # also time fastai's own `to_channelslast()`, to compare
-    verify: bool = False,  # afterwards measure the best ones again
+    verify: bool = False,  # afterwards measure those again that are close to the best
     plot: str | None = None,  # also draw the bars, to this file
     json: str | None = None,  # also write the results to this file
 ):

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.distributed import DistributedTrainer
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model, rank_distrib, to_device
 from fastcore.basics import patch
@@ -93,24 +92,25 @@ def new_candidates(
 
 
 def _check_formats(formats: Any) -> list[TrainFormat] | None:
-    legal = "pass a list of TrainFormat, or None for all that the device accelerates"
+    legal = "pass a list, as [TrainFormat(True, amp_mode='bf16')], or None for all that the device accelerates"
     if formats is None:
         return None
     if isinstance(formats, (str, TrainFormat)) or not isinstance(formats, Iterable):
-        raise TypeError(f"formats={formats!r} is no list: {legal}")
+        raise TypeError(f"formats={formats!r} is not a list of TrainFormat: {legal}")
     formats = list(formats)
     if not formats:
         raise ValueError(f"formats={formats!r} is empty: {legal}")
     for fmt in formats:
         if not isinstance(fmt, TrainFormat):
-            raise TypeError(f"formats holds {fmt!r}, which is no TrainFormat: {legal}")
+            raise TypeError(f"formats holds {fmt!r}, which is not a TrainFormat: {legal}")
     return formats
 
 
 def _check_budget(budget: Any) -> None:
     is_number = isinstance(budget, Real) and not isinstance(budget, bool)
     if budget is not None and not (is_number and isfinite(budget) and budget > 0):
-        raise ValueError(f"budget={budget!r}: pass a number of seconds above 0, or None")
+        default = f"None for {BUDGET:.0f}, or what a few rounds take"
+        raise ValueError(f"budget={budget!r}: pass a number of seconds above 0, or {default}")
 
 
 def _cannot_train(fmt: TrainFormat, device: torch.device) -> str | None:
@@ -347,7 +347,8 @@ class _Search:
         self.learn, self.candidates = learn, candidates
         self.progress, self.put_tensors_back = progress, put_tensors_back
         self.device = training_device(learn)
-        self.is_distributed = any(isinstance(cb, DistributedTrainer) for cb in learn.cbs)
+        # by its name: without Accelerate, fastai's module of it cannot be imported
+        self.is_distributed = any(cb.name == "distributed_trainer" for cb in learn.cbs)
         self.budget = budget
         self.started = time.perf_counter()
         self.uncounted = 0.0  # seconds of compilation

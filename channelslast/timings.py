@@ -138,7 +138,7 @@ class FormatTimings(Sequence):
             "data": "Data loading limits it",
             "python": python,
             "gpu": f"The GPU limits it{busy}",
-            "device": f"The device '{self.device}' limits it",
+            "device": f"The computation limits it ({self.device})",
         }[self.limit] + "."
 
     def _gain_words(self) -> str:
@@ -146,7 +146,9 @@ class FormatTimings(Sequence):
         if gain is None:
             return ""
         rest = str(best).removeprefix("channels last ").removeprefix("contiguous ")
-        return f" The format alone gives {gain:.2f} times (channels last against contiguous, {rest})."
+        last, first = (self.row(replace(best, channels_last=channels_last)) for channels_last in (True, False))
+        noise = "" if _is_faster(last, first) or _is_faster(first, last) else ", within the noise"
+        return f" The format alone gives {gain:.2f} times (channels last against contiguous, {rest}{noise})."
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."
@@ -167,17 +169,20 @@ class FormatTimings(Sequence):
     def _data_warning(self) -> list[str]:
         if self.limit != "data":
             return []
-        text = (
-            f"The data pipeline yields {self.data_items_per_s:,.0f} items a second, the best step could take "
-            f"{self.best_row.items_per_s:,.0f}: no format will help before data come faster."
-        )
+        now, data = self.row(self.start), self.data_items_per_s
+        text = f"The data pipeline yields {data:,.0f} items a second, the best step could take "
+        text += f"{self.best_row.items_per_s:,.0f}: "
+        if now.error or data <= now.items_per_s:
+            text += "no format will help before data come faster."
+        else:
+            text += f"until data come faster no format gives more than {data / now.items_per_s:.2f} times."
         return [textwrap.fill(text, 110), ""]
 
     def _header(self) -> str:
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max(len(row.samples) for row in self.rows)
-        steps = "a step" if self.n_steps == 1 else f"{self.n_steps} steps"
+        steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"
 
     def _table(self) -> list[str]:

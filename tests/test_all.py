@@ -36,3 +36,8 @@ def test_package_tells_its_version():
     import channelslast
 
     assert channelslast.__version__
+
+
+def test_works_without_accelerate():
+    code = "import sys; sys.modules['accelerate'] = None; import channelslast.all, channelslast.cli"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

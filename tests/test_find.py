@@ -828,12 +828,12 @@ def test_reason_why_a_gpu_cannot_train_in_bfloat16(learn, monkeypatch):
 @pytest.mark.parametrize(
     "kwargs, error, said",
     [
-        ({"formats": []}, ValueError, r"formats=\[\] is empty: pass a list of TrainFormat"),
+        ({"formats": []}, ValueError, r"formats=\[\] is empty: pass a list, as \[TrainFormat"),
         ({"formats": iter(())}, ValueError, r"formats=\[\] is empty"),
-        ({"formats": "fp16"}, TypeError, "formats='fp16' is no list"),
-        ({"formats": LAST}, TypeError, r"formats=TrainFormat\(.*is no list"),
-        ({"formats": 3}, TypeError, "formats=3 is no list"),
-        ({"formats": [LAST, "fp16"]}, TypeError, "formats holds 'fp16', which is no TrainFormat"),
+        ({"formats": "fp16"}, TypeError, "formats='fp16' is not a list of TrainFormat"),
+        ({"formats": LAST}, TypeError, r"formats=TrainFormat\(.*is not a list"),
+        ({"formats": 3}, TypeError, "formats=3 is not a list of TrainFormat"),
+        ({"formats": [LAST, "fp16"]}, TypeError, "formats holds 'fp16', which is not a TrainFormat"),
         ({"compile": "default"}, TypeError, "compile='default'"),
         ({"show_plot": 1}, TypeError, "show_plot=1"),
         ({"budget": 0}, ValueError, "budget=0: pass a number of seconds above 0"),

@@ -101,9 +101,11 @@ def test_best_starts_from_the_format_of_the_learner():
 
 def test_gain_of_the_format_alone_is_between_twins(timings):
     assert timings.format_gain == 60 / 40
-    assert "The format alone gives 1.50 times (channels last against contiguous, bf16)" in timings.verdict
+    assert "The format alone gives 1.50 times (channels last against contiguous, bf16)." in timings.verdict
     slower = new_timings({CONTIGUOUS: around(40), LAST: around(50)})
-    assert slower.best == CONTIGUOUS and slower.format_gain == 40 / 50
+    assert slower.best == CONTIGUOUS and slower.format_gain == 40 / 50 and "noise)" not in slower.verdict
+    equal = new_timings({CONTIGUOUS: around(40), LAST: around(40)})
+    assert "1.00 times (channels last against contiguous, fp32, within the noise)" in equal.verdict
 
 
 @pytest.mark.parametrize("twin", [{}, {CONTIGUOUS_BF16: "out of memory"}])
@@ -119,7 +121,7 @@ def test_gain_of_the_format_is_unknown_without_a_twin(twin):
         ({"data_items_per_s": 200, "busy": 0.99}, "data", "Data loading limits it"),
         ({"busy": 0.95}, "gpu", "The GPU limits it (busy 95% of the step)"),
         ({"busy": 0.5}, "python", "Python and launches limit it, the GPU waits (busy 50% of the step); `compile=True`"),
-        ({}, "device", "The device 'cpu' limits it"),
+        ({}, "device", "The computation limits it (cpu)"),
     ],
 )
 def test_what_limits_the_best_step(facts, limit, said):
@@ -133,10 +135,12 @@ def test_compiling_is_not_advised_where_it_was_tried():
 
 
 def test_slow_data_are_told_first(timings):
-    assert str(timings).startswith("Net (input shape: 10 x 3 x 8 x 8) on cpu, 4 rounds of a step each")
+    assert str(timings).startswith("Net (input shape: 10 x 3 x 8 x 8) on cpu, 4 rounds of 1 step each")
     timings.data_items_per_s = 50
     first = str(timings).split("\n\n")[0]
     assert "yields 50 items a second" in first and "could take 250" in first and "no format will help" in first
+    timings.data_items_per_s = 150  # between what the Learner takes now and the best
+    assert "no format gives more than 1.50 times" in " ".join(str(timings).split("\n\n")[0].split())
 
 
 def test_verdict_is_one_line_with_the_code(timings):
