@@ -115,9 +115,7 @@ def _generator(generator: Any) -> tuple[Callable[[Any], Any], Any]:
     "What puts `generator` back, and the state to give it."
     if isinstance(generator, random.Random):
         return generator.setstate, generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.set_state, generator.get_state()
-    if isinstance(generator, torch.Generator):
+    if isinstance(generator, (np.random.RandomState, torch.Generator)):
         return generator.set_state, generator.get_state()
     bits = generator.bit_generator
     return partial(setattr, bits, "state"), bits.state
