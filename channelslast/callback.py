@@ -271,7 +271,8 @@ def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
         return
     if mode is not None:
         model.compile(mode=mode)
-        if not ismin_torch("2.15"):  # passes over a module whose `forward` is PyTorch's, as nn.Sequential, in silence
+        if "_compiled_call_impl" in vars(model) and not ismin_torch("2.15"):
+            # there it passes over a module whose `forward` is PyTorch's own, as nn.Sequential, in silence
             model._compiled_call_impl = torch.compile(_in_own_frame(model._call_impl), mode=mode)
         _modes[_wrapper(model)] = mode
         return
