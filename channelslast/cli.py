@@ -41,7 +41,7 @@ from torchvision.models import get_model, get_model_builder, list_models
 from channelslast.callback import COMPILE_MODES, TrainFormat
 from channelslast.find import Candidate, device_name, find_format, new_candidates
 from channelslast.memory_format import module_to_memory_format, supports_channels_last, to_memory_format
-from channelslast.precision import accelerated_dtypes, autocast_dtype
+from channelslast.precision import accelerated_dtypes, amp_mode_of, autocast_dtype
 from channelslast.restore import unchanged_modules
 from channelslast.summary import FormatSummary, format_summary
 from channelslast.timings import FormatTiming, FormatTimings
@@ -87,9 +87,26 @@ def to_amp_mode(
     if amp_mode not in AMP_MODES:
         fail(f"--amp_mode {amp_mode}: pass one of {', '.join(AMP_MODES)}")
     if amp_mode == "auto":
-        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-        return next((names[dtype] for dtype in accelerated_dtypes(device)), None)
+        return amp_mode_of(next(iter(accelerated_dtypes(device)), None))
     return None if amp_mode == "none" else amp_mode
+
+
+def check_positive(
+    **numbers: float | None,  # options by name; None: not given
+) -> None:
+    "End the program for an option that is no number above 0."
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < inf:
+            fail(f"--{name} {value}: pass a number above 0")
+
+
+def check_folder(
+    **files: str | None,  # options by name; None: not given
+) -> None:
+    "End the program for a file in a folder that does not exist."
+    for name, file in files.items():
+        if file is not None and not Path(file).expanduser().parent.is_dir():
+            fail(f"--{name} {file}: there is no such folder")
 
 
 def spell_options(
@@ -259,7 +276,7 @@ def new_dls(
     return dls
 
 
-class _Batches(list):
+class Batches(list):
     "Batches that are on the device already, as a DataLoader."
 
     def to(self, device):
@@ -275,7 +292,7 @@ def synthetic_dls(
     n: int = 4,  # batches
 ) -> DataLoaders:
     "Random images as the architecture takes them, with targets as its loss takes them: see `synthetic_loss`."
-    batches = _Batches()
+    batches = Batches()
     for _ in range(n):
         inputs = synthetic_inputs(arch, model, bs, size, device)
         if not batches:
@@ -285,7 +302,7 @@ def synthetic_dls(
         if isinstance(output, Tensor):  # a class for each image, or for each pixel
             target = torch.randint(0, output.shape[1], (bs, *output.shape[2:]), device=device)
         batches.append((*inputs, target))
-    return DataLoaders(batches, _Batches(batches[:1]), device=device)
+    return DataLoaders(batches, Batches(batches[:1]), device=device)
 
 
 def synthetic_loss(
@@ -337,9 +354,7 @@ def summary(
     "Show where a model loses channels last in a training step on random images, and what it costs."
     if arch is None:
         fail("--arch: pass the name of a fastai, torchvision or timm model, as --arch resnet50")
-    for name, value in dict(bs=bs, size=size).items():
-        if value is not None and not value > 0:
-            fail(f"--{name} {value}: pass a number above 0")
+    check_positive(bs=bs, size=size)
     torch_device = to_device(device)
     mode = to_amp_mode(amp_mode, torch_device)
     if not supports_channels_last(torch_device):
@@ -350,8 +365,7 @@ def summary(
         fail(str(error))
     if why:
         print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
-    if json is not None and not Path(json).expanduser().parent.is_dir():
-        fail(f"--json {json}: there is no such folder")
+    check_folder(json=json)
     model = new_model(arch, size=size or DEFAULT_SIZE)
     size = size or default_size(arch, model)
     model = module_to_memory_format(model.to(torch_device).train())
@@ -426,14 +440,11 @@ def find(
     "Time a training step in each format, contiguous and channels last, and tell which to train in."
     if arch is None:
         fail("--arch: pass names of fastai, torchvision or timm models, as --arch resnet50 convnext_tiny")
-    for name, value in dict(bs=bs, size=size, budget=budget).items():
-        if value is not None and not 0 < value < inf:
-            fail(f"--{name} {value}: pass a number above 0")
+    check_positive(bs=bs, size=size, budget=budget)
     if opt not in OPTIMIZERS:
         fail(f"--opt {opt}: pass one of {', '.join(OPTIMIZERS)}")
+    check_folder(json=json, plot=plot)
     for name, file in dict(json=json, plot=plot).items():
-        if file is not None and not Path(file).expanduser().parent.is_dir():
-            fail(f"--{name} {file}: there is no such folder")
         if file is not None and Path(file).expanduser().is_dir():
             fail(f"--{name} {file}: that is a folder, name a file in it")
     kinds = FigureCanvasBase.get_supported_filetypes()

@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity
 
 from channelslast.callback import TrainFormat
 from channelslast.memory_format import _check, conv_ndims, module_ndims, supports_channels_last, with_wrapped
-from channelslast.precision import AMPMode, accelerated_dtypes, autocast_dtype, training_device
-from channelslast.restore import unchanged_learner
+from channelslast.precision import accelerated_dtypes, amp_mode_of, autocast_dtype, training_device
+from channelslast.restore import FitDone, unchanged_learner
 from channelslast.summary import gpu_shares
 from channelslast.timings import FormatTiming, FormatTimings, shorten
 from channelslast.trace import tensors_in
@@ -50,8 +50,7 @@ def _formats_to_try(learn: Learner, formats: Iterable[TrainFormat] | None, compi
     "The format of the Learner, and those asked for; with `compile` these compiled too."
     device, start = training_device(learn), learn.train_format
     if formats is None:
-        names = {torch.float16: AMPMode.FP16.value, torch.bfloat16: AMPMode.BF16.value}
-        amp_modes = [None, *(names[dtype] for dtype in accelerated_dtypes(device))]
+        amp_modes = [None, *map(amp_mode_of, accelerated_dtypes(device))]
         has_images = bool(module_ndims(learn.model) or conv_ndims(learn.model)) and supports_channels_last(device)
         both = (False, True) if has_images else (False,)
         formats = [TrainFormat(last, amp_mode, start.compile) for amp_mode in amp_modes for last in both]
@@ -123,7 +122,7 @@ def _cannot_train(fmt: TrainFormat, device: torch.device) -> str | None:
         dtype, why = autocast_dtype(fmt.amp_mode, device)
     except ValueError as error:
         return str(error)
-    return None if str(dtype) == f"torch.{dict(fp16='float16', bf16='bfloat16')[fmt.amp_mode]}" else why
+    return None if amp_mode_of(dtype) == fmt.amp_mode else why
 
 
 def _is_in_a_fit(learn: Learner) -> bool:
@@ -224,10 +223,6 @@ class _Clock:
         return [1000 * (second - first) for first, second in pairs]
 
 
-class _Done(BaseException):
-    "Ends a fit without the events that follow one. (fastai rewrites an `Exception` of a callback.)"
-
-
 class _TimedSteps(Callback):
     "Train on the same few batches, mark the time after each step, and end the fit when there are enough."
 
@@ -249,7 +244,7 @@ class _TimedSteps(Callback):
 
     def before_batch(self):
         if not self.clock.marks:
-            self.shapes = [tuple(tensor.shape) for tensor in tensors_in(self.xb)]
+            self.shapes = _shapes(self.xb)
             self.mark()
 
     def after_backward(self):
@@ -259,7 +254,7 @@ class _TimedSteps(Callback):
         self.mark()
         if self.has_enough():
             self.finish()
-            raise _Done()
+            raise FitDone()
 
     def finish(self):
         scaler = getattr(self.learn, "scaler", None)
@@ -271,7 +266,7 @@ class _TimedSteps(Callback):
             self.error = "a callback of the Learner cancelled every batch before its backward pass"
 
     def before_validate(self):
-        raise _Done()  # a callback cancelled the training
+        raise FitDone()  # a callback cancelled the training
 
     def mark(self):
         self.clock.mark()
@@ -487,7 +482,7 @@ class _Search:
                 try:
                     with self.learn.added_cbs(steps):
                         self.learn.fit(1, 0)
-                except _Done:
+                except FitDone:
                     pass
                 candidate.scaler_state, error = steps.scaler_state, steps.error
         except Exception as raised:

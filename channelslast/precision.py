@@ -60,6 +60,13 @@ def accelerated_dtypes(
     return (torch.float16, torch.bfloat16)
 
 
+def amp_mode_of(
+    dtype: torch.dtype | None,  # in which to autocast, None for no autocast
+) -> str | None:
+    "The name of the precision: 'fp16', 'bf16', or None for float32."
+    return next((mode.value for mode in AMPMode if _DTYPES[mode] is dtype), None)
+
+
 def _accelerated_by_cpu() -> tuple[torch.dtype, ...]:
     features = _cpu_features()
     instructions = {
@@ -376,7 +383,7 @@ def amp_mode_in_use(
     if precision is None:
         return None
     dtype, _ = autocast_dtype(precision.amp_mode, training_device(learn))
-    return next((mode.value for mode in AMPMode if _DTYPES[mode] is dtype), None)
+    return amp_mode_of(dtype)
 
 
 def choose_precision(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from channelslast.memory_format import has_lazy_parameters, with_wrapped
 from channelslast.precision import AutocastState, training_device
 
-__all__ = ["unchanged_learner", "unchanged_modules", "unchanged_tensors"]
+__all__ = ["FitDone", "unchanged_learner", "unchanged_modules", "unchanged_tensors"]
 
 # fastai's loggers that do not keep quiet for `learn.lr_finder`, as its others do
 _LOGGERS = ("fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune")
@@ -55,14 +55,13 @@ def unchanged_learner(
     state and other tensors keep the values, memory and strides that they got.
     """
     loss_func = getattr(learn.loss_func, "func", learn.loss_func)  # fastai's losses wrap PyTorch's
-    modules = [module for module in (learn.model, loss_func) if isinstance(module, nn.Module)]
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
     autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
     made_before = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None
     optimizers = [*with_wrapped(learn.opt), *with_wrapped(made_before)]
     others = [learn, learn.dls, *optimizers, *loaders, *samplers]
-    unchanged = _unchanged([*modules, learn.loss_func], others, values)
+    unchanged = _unchanged([learn.model, loss_func, learn.loss_func], others, values)
     with unchanged as put_tensors_back, _unchanged_generators(learn.dls):
         try:
             _use_copied_callbacks(learn)
@@ -71,6 +70,10 @@ def unchanged_learner(
         finally:
             for state in autocast:
                 state.restore()
+
+
+class FitDone(BaseException):
+    "Ends a fit without the events that follow one, for none was made. (fastai rewrites an `Exception` of a callback.)"
 
 
 @contextmanager

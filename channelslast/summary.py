@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 
 from channelslast.memory_format import _check
 from channelslast.precision import training_device
-from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
+from channelslast.restore import FitDone, unchanged_learner, unchanged_modules, unchanged_tensors
 from channelslast.trace import OUTSIDE, FormatEvent, FormatTracer, LayerFormat, layout, tensors_in
 
 __all__ = ["FormatSummary", "GpuShares", "format_summary"]
@@ -556,11 +556,7 @@ class _ObservedSteps(Callback):
     def after_batch(self):
         self.observer.end()
         if self.observer.step == self.observer.n_steps:
-            raise _Done()
-
-
-class _Done(BaseException):
-    "Ends a fit without the events that follow one, for none was made. (fastai rewrites an `Exception` of a callback.)"
+            raise FitDone()
 
 
 def _first_batch(dl: Any) -> Any:
@@ -589,7 +585,7 @@ def format_summary(  # noqa: F811, the method beside the function
     with unchanged_learner(self), _eager(), observer.running:
         try:
             self.fit(1, cbs=_ObservedSteps(observer))
-        except _Done:
+        except FitDone:
             pass
         except RuntimeError as error:
             if not observer.stopped_by(error):

@@ -5,6 +5,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isnan, nan
 
 import numpy as np
@@ -83,7 +84,7 @@ class FormatTimings(Sequence):
         """
         return self.best_row.format
 
-    @property
+    @cached_property
     def best_row(self) -> FormatTiming:
         "The row of `best`."
         start = self.row(self.start)
@@ -103,10 +104,15 @@ class FormatTimings(Sequence):
     @property
     def format_gain(self) -> float | None:
         "How many times as fast as contiguous channels last is, all else as in `best`; None where that was not timed."
-        last, first = (self.row(replace(self.best, channels_last=channels_last)) for channels_last in (True, False))
-        if last is None or first is None or last.error or first.error:
+        twins = self._twins()
+        return None if twins is None else twins[0].ms / twins[1].ms
+
+    def _twins(self) -> tuple[FormatTiming, FormatTiming] | None:
+        "Contiguous and channels last, all else as in `best`; None where one of them was not timed."
+        first, last = (self.row(replace(self.best, channels_last=channels_last)) for channels_last in (False, True))
+        if first is None or last is None or first.error or last.error:
             return None
-        return first.ms / last.ms
+        return first, last
 
     @property
     def limit(self) -> str:
@@ -142,13 +148,15 @@ class FormatTimings(Sequence):
         }[self.limit] + "."
 
     def _gain_words(self) -> str:
-        gain, best = self.format_gain, self.best
-        if gain is None:
+        twins = self._twins()
+        if twins is None:
             return ""
-        rest = str(best).removeprefix("channels last ").removeprefix("contiguous ")
-        last, first = (self.row(replace(best, channels_last=channels_last)) for channels_last in (True, False))
+        first, last = twins
+        rest = str(first.format).removeprefix("contiguous ")
         noise = "" if _is_faster(last, first) or _is_faster(first, last) else ", within the noise"
-        return f" The format alone gives {gain:.2f} times (channels last against contiguous, {rest}{noise})."
+        return (
+            f" The format alone gives {self.format_gain:.2f} times (channels last against contiguous, {rest}{noise})."
+        )
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."

@@ -668,23 +668,26 @@ def test_candidate_that_fails_is_a_row_with_its_reason(
     assert reason[:20] in str(timings)
 
 
+class FailsLate(Callback):
+    "Fail after `n` batches; those of contiguous images do not count, unless told."
+
+    order = 100
+
+    def __init__(self, n, counts_contiguous=False):
+        self.left, self.counts_contiguous = n, counts_contiguous
+
+    def __deepcopy__(self, memo):  # a search begins each round with a new copy
+        return self
+
+    def before_batch(self):
+        if self.counts_contiguous or is_channels_last(self.x):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("late")
+
+
 def test_candidate_that_fails_late(learn, plain_cpu):
-    class FailsLate(Callback):
-        order = 100
-
-        def __deepcopy__(self, memo):  # a search begins each round with a new copy
-            return self
-
-        def __init__(self):
-            self.seen = 0
-
-        def before_batch(self):
-            if is_channels_last(self.x):
-                self.seen += 1
-                if self.seen > 4:
-                    raise RuntimeError("late")
-
-    learn.add_cb(FailsLate())
+    learn.add_cb(FailsLate(4))
     timings = learn.format_find(show_plot=False)
     assert "late" in timings[1].error and timings[1].samples == [] and timings.best == CONTIGUOUS
     assert len(timings[0].samples) >= find._MIN_ROUNDS
@@ -722,19 +725,7 @@ def test_all_failing_is_an_error_with_the_reasons(learn, bf16_cpu, assert_unchan
 
 
 def test_all_failing_in_the_rounds_is_an_error_too(learn, plain_cpu):
-    class FailsLate(Callback):
-        def __deepcopy__(self, memo):
-            return self
-
-        def __init__(self):
-            self.seen = 0
-
-        def before_batch(self):
-            self.seen += 1
-            if self.seen > 2 * 12 + 3:
-                raise RuntimeError("late")
-
-    learn.add_cb(FailsLate())
+    learn.add_cb(FailsLate(2 * 12 + 3, counts_contiguous=True))
     with pytest.raises(RuntimeError, match=r"No format can train.*late.*late"):
         learn.format_find(show_plot=False, budget=30)
 

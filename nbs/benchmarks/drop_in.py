@@ -18,20 +18,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from fastai.callback import progress  # noqa: F401, for `Learner.no_bar`
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
-from fastai.vision.models import xresnet
 from fastcore.script import call_parse
 from torch import nn
 from torch.amp import GradScaler, autocast
 
+from channelslast import cli
 from channelslast.callback import ChannelsLast
-from channelslast.cli import fused_adamw, made_with
+from channelslast.cli import Batches, fused_adamw, made_with
 from channelslast.memory_format import module_to_memory_format, optimizer_to_memory_format
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,9 +57,7 @@ class EpochTimer(Callback):
 
 def new_model(arch: str) -> nn.Module:
     torch.manual_seed(0)
-    if hasattr(xresnet, arch):
-        return getattr(xresnet, arch)(n_out=N_CLASSES)
-    return torchvision.models.get_model(arch, weights=None, num_classes=N_CLASSES)
+    return cli.new_model(arch, N_CLASSES)
 
 
 class LearnerLoop:
@@ -68,7 +65,7 @@ class LearnerLoop:
 
     def __init__(self, arch, batches, device, synchronize, opt_func, convert):
         self.timer = EpochTimer(synchronize)
-        dls = DataLoaders(batches, FixedBatches(batches[:1]), device=device)
+        dls = DataLoaders(batches, Batches(batches[:1]), device=device)
         self.learn = Learner(dls, new_model(arch), CrossEntropyLossFlat(), opt_func=opt_func, cbs=self.timer)
         convert(self.learn)
 
@@ -100,13 +97,6 @@ class PlainLoop:
             self.opt.zero_grad()
         self.synchronize()
         return time.perf_counter() - started
-
-
-class FixedBatches(list):
-    "Batches that are on the device already, as a DataLoader."
-
-    def to(self, device):
-        return self
 
 
 def summarise(seconds: list[float], n_batches: int) -> dict:
@@ -165,7 +155,7 @@ def main(
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_cuda else lambda: None
-    batches = FixedBatches(
+    batches = Batches(
         (torch.randn(bs, 3, size, size, device=device), torch.randint(0, N_CLASSES, (bs,), device=device))
         for _ in range(n_batches)
     )
