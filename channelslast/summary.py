@@ -560,6 +560,7 @@ class _ObservedSteps(Callback):
 
 
 def _first_batch(dl: Any) -> Any:
+    dl = vars(dl).get("dl", dl) if hasattr(dl, "__dict__") else dl  # in distributed training that of this process alone
     if hasattr(dl, "one_batch"):
         return dl.one_batch()
     for batch in dl:

@@ -1,11 +1,7 @@
 "`format_find`: what it finds, how it times, and how it leaves the Learner. Most times are of a clock of our own."
 
-import os
 import random
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1073,61 +1069,3 @@ def test_cuda_graphs_are_timed_interleaved_and_given_back(cuda_learner, assert_u
     assert torch.cuda.memory_allocated() <= before + 2**20
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before + hungriest
-
-
-SCRIPT = """
-import os, sys, torch
-from fastai.distributed import *
-from fastai.losses import CrossEntropyLossFlat
-from fastai.callback.core import Callback
-from fastai.torch_core import rank_distrib
-sys.path.insert(0, {tests!r})
-from conftest import TinyNet, new_dls
-from fastai.data.core import DataLoaders, Datasets
-from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from channelslast import find
-from channelslast.callback import TrainFormat
-
-find.BUDGET = 1e-3
-torch.distributed.init_process_group("gloo")
-generator = torch.Generator().manual_seed(0)
-items = list(zip(torch.randn(48, 3, 8, 8, generator=generator), torch.randint(0, 3, (48,), generator=generator)))
-dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0) for _ in range(2)], device="cpu")
-learn = Learner(dls, TinyNet(), CrossEntropyLossFlat())
-learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
-learn.logger = lambda *args: None
-
-class Fails(Callback):
-    def before_batch(self):
-        if self.learn.train_format == TrainFormat(True):
-            raise RuntimeError(f"in process {{rank_distrib()}}")
-
-with learn.distrib_ctx(sync_bn=False, cpu=True):
-    model, loaders = learn.model, list(learn.dls.loaders)
-    learn.add_cb(Fails())
-    timings = learn.format_find([TrainFormat(True)], show_plot=False)
-    assert learn.model is model and learn.dls.loaders == loaders
-    learn.remove_cb(Fails)
-    more = learn.format_find([TrainFormat(True)], show_plot=False, budget=1)
-    learn.to_format(more.best)
-    print("RANK", rank_distrib(), timings[1].error, [row.samples for row in more], more.best, more.data_items_per_s)
-torch.distributed.barrier()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads may abort a process that goes the long way
-"""
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_processes_of_distributed_training_choose_the_same(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
-    assert done.returncode == 0 and len(lines) == 2, done.stderr[-3000:]
-    assert lines[0].removeprefix("RANK 0") == lines[1].removeprefix("RANK 1")
-    assert "in process 0" in lines[0]
-    assert done.stdout.count("TinyNet (input shape") == 2  # one process prints, for each of the two calls

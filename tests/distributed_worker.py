@@ -1,0 +1,129 @@
+"What each process of tests/test_distributed.py does; it prints one line of JSON."
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from conftest import TinyNet
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.distributed import DistributedDL  # and `Learner.distrib_ctx`
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam
+from fastai.torch_core import rank_distrib
+from torch import nn
+
+from channelslast import find
+from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.memory_format import is_channels_last
+
+
+def broadcast(self, values, rank):
+    "fastai's `DistributedDL._broadcast` sends over CUDA alone."
+    tensor = torch.tensor(values)
+    dist.broadcast(tensor, rank)
+    return tensor.tolist()
+
+
+def new_learner(device, path):
+    generator = torch.Generator().manual_seed(0)
+    items = list(zip(torch.randn(50, 3, 8, 8, generator=generator), torch.randint(0, 3, (50,), generator=generator)))
+    dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0) for _ in range(2)], device=device)
+    torch.manual_seed(rank_distrib())  # each process with weights of its own: DistributedDataParallel sends the first's
+    learn = Learner(dls, TinyNet(), CrossEntropyLossFlat(), opt_func=Adam, lr=1e-2, path=path)
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
+    learn.logger = lambda *args: None
+    return learn
+
+
+class Fails(Callback):
+    def before_batch(self):
+        if self.learn.train_format == TrainFormat(True):
+            raise RuntimeError(f"in process {rank_distrib()}")
+
+
+class ConvertsTooLate(ChannelsLast):
+    order = 100  # after `DistributedTrainer` has wrapped the model
+
+
+def search(learn):
+    find.BUDGET = 1e-3
+    model, loaders, fails = learn.model, list(learn.dls.loaders), Fails()
+    failing = learn.add_cb(fails).format_find([TrainFormat(True)], show_plot=False)
+    timings = learn.remove_cb(fails).format_find([TrainFormat(True)], show_plot=False)
+    return {
+        "is_unchanged": learn.model is model and learn.dls.loaders == loaders,
+        "error": failing[1].error,
+        "samples": [row.samples for row in timings],
+        "best": str(timings.best),
+        "data_items_per_s": timings.data_items_per_s,
+    }
+
+
+def observe(learn):
+    before = {name: value.clone() for name, value in learn.model.state_dict().items()}
+    summary = learn.format_summary()
+    after = learn.model.state_dict()
+    is_unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
+    return {
+        "is_unchanged": is_unchanged,
+        "modules": sorted({layer.module for layer in summary.layers}),
+        "share": summary.channels_last_share,
+        "shapes": summary.shapes,
+    }
+
+
+def train(learn, path):
+    learn.fit(2)
+    params = list(learn.model.parameters())
+    total = torch.stack([param.double().sum() for param in params]).sum()
+    totals = [torch.zeros_like(total) for _ in range(dist.get_world_size())]
+    dist.all_gather(totals, total)
+    learn.save("model")
+    dist.barrier()
+    saved = torch.load(path / "models" / "model.pth", weights_only=False)["model"]
+    learn.load("model")
+    learn.fit(1)
+    return {
+        "is_channels_last": all(is_channels_last(param) for param in params if param.ndim == 4),
+        "is_same_everywhere": all(torch.equal(total, other) for other in totals),
+        "is_file_contiguous": not any(is_channels_last(value) for value in saved.values()),
+        "has_names_of_model": sorted(saved) == sorted(TinyNet().state_dict()),
+    }
+
+
+def main(device, path):
+    path, accelerator = Path(path), Accelerator()  # which gives each process its GPU
+    if device == "cpu":
+        DistributedDL._broadcast = broadcast
+    device = torch.device(device) if device == "cpu" else accelerator.device
+    learn = new_learner(device, path)
+    with learn.distrib_ctx(sync_bn=device.type == "cuda"):
+        result = {"search": search(learn)}
+        learn.to_channelslast(use_amp=False)
+        result |= {"summary": observe(learn), "training": train(learn, path)}
+    result["is_unwrapped"] = not isinstance(learn.model, nn.parallel.DistributedDataParallel)
+    print("RESULT", json.dumps(result), flush=True)
+    print("LATE", file=sys.stderr, flush=True)
+    late = new_learner(device, path).add_cb(ConvertsTooLate())
+    with late.distrib_ctx(sync_bn=False):
+        late.fit(1)
+    dist.barrier()
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train.py":
+        DistributedDL._broadcast = broadcast
+        sys.argv = sys.argv[1:]
+        runpy.run_path(str(Path(__file__).parent.parent / "nbs/examples/train.py"), run_name="__main__")
+    else:
+        main(*sys.argv[1:])
+        os._exit(0)  # gloo's threads may abort a process that goes the long way

@@ -1,0 +1,139 @@
+"Distributed training with fastai's DistributedTrainer: on two processes of the CPU, and on all GPUs that there are."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+TRAIN = TESTS.parent / "nbs/examples/train.py"
+BENCHMARK = TESTS.parent / "nbs/benchmarks/distributed.py"
+WARNING = "Grad strides do not match bucket view strides"
+
+N_PROCESSES = [
+    pytest.param(
+        n, marks=[pytest.mark.multi_gpu, pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"{n} GPUs")]
+    )
+    for n in (2, 4, 8)
+]
+
+
+def run(*command, **environment):
+    command = [sys.executable, "-W", "ignore", *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
+
+
+def launch_on_cpu(*command):
+    "Two processes on the CPU, where Accelerate's own launcher would need MPI."
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
+    return run(*launcher, *command, ACCELERATE_USE_CPU="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+
+
+def launch_on_gpus(n, *command):
+    launcher = "-m", "accelerate.commands.launch", "--num_machines", 1, "--mixed_precision", "no"
+    return run(*launcher, "--dynamo_backend", "no", "--multi_gpu", "--num_processes", n, *command)
+
+
+def results(done):
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in lines]
+
+
+# The worker: search, summary, training and checkpoints
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    return launch_on_cpu(TESTS / "distributed_worker.py", "cpu", tmp_path_factory.mktemp("cpu"))
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory):
+    n = torch.cuda.device_count()
+    return launch_on_gpus(n, TESTS / "distributed_worker.py", "cuda", tmp_path_factory.mktemp("gpus"))
+
+
+@pytest.fixture(params=["on_cpu", pytest.param("on_gpus", marks=pytest.mark.multi_gpu)])
+def done(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_processes_choose_the_same_format(done):
+    first, *others = (result["search"] for result in results(done))
+    assert others and all(other == first for other in others)
+    assert first["is_unchanged"] and len(first["samples"]) == 2 and "in process 0" in first["error"]
+    assert done.stdout.count("TinyNet (input shape") == 2  # one process prints, for each of the two searches
+
+
+def test_summary_is_that_of_the_model_without_its_wrapper(done):
+    for result in results(done):
+        summary = result["summary"]
+        assert summary["is_unchanged"] and summary["shapes"] == [[8, 3, 8, 8]]
+        assert summary["modules"] == [str(i) for i in range(8)] and summary["share"] > 0.8
+
+
+def test_model_trains_in_channels_last_and_is_saved_contiguous(done):
+    for result in results(done):
+        assert all(result["training"].values()), result["training"]
+        assert result["is_unwrapped"]
+
+
+def test_gradients_match_the_buckets_of_distributed_data_parallel(done):
+    "PyTorch warns where they do not, once: the model that is converted too late shows that it would."
+    in_time, late = done.stderr.split("LATE", 1)
+    assert WARNING not in in_time and WARNING in late
+
+
+# The benchmark: the losses of one process with the same global batch
+
+
+def check_losses(done, n_compared):
+    record = json.loads(done.stdout)
+    assert len(record["losses"]) == n_compared
+    for compared in record["losses"]:
+        losses = compared["losses"]
+        assert len(losses) == 8 and losses[-1] < losses[0]
+        assert compared["difference"] < 1e-5, compared
+    assert record["stride_warnings"] == 0
+
+
+def test_losses_are_those_of_one_process_with_the_same_global_batch():
+    done = run(BENCHMARK, "--device", "cpu", "--processes", "1,2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_losses(done, 1)
+
+
+@pytest.mark.multi_gpu
+def test_losses_on_gpus_are_those_of_one_with_the_same_global_batch():
+    numbers = [n for n in (2, 4, 8) if n <= torch.cuda.device_count()]
+    done = run(BENCHMARK, "--processes", ",".join(map(str, [1, *numbers])), "--steps", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_losses(done, 2 * len(numbers))
+
+
+# The training script
+
+
+def check_training(done, said):
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("format:", "accuracy:", "training steps:"))]
+    assert lines[0] == f"format: {said}" and len(lines) == 3  # of one process
+    assert float(lines[1].removeprefix("accuracy: ")) > 0.8
+    assert WARNING not in done.stderr
+
+
+def test_training_script_on_two_processes():
+    command = TESTS / "distributed_worker.py", "train.py", "--size", "16", "--epochs", "2", "--amp_mode", "none"
+    check_training(launch_on_cpu(*command, "--device", "cpu"), "channels last fp32 on 2 x cpu")
+
+
+@pytest.mark.parametrize("n", N_PROCESSES)
+@pytest.mark.parametrize("options", [(), ("--local_bn",)], ids=["SyncBatchNorm", "BatchNorm"])
+def test_training_script_on_gpus(n, options):
+    done = launch_on_gpus(n, TRAIN, "--epochs", 10 if n > 2 else 5, *options)
+    check_training(done, f"channels last fp16 on {n} x cuda")
