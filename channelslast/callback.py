@@ -1,6 +1,7 @@
 "Channels last on fastai's `Learner`: the callback, the methods that add and remove it, and portable checkpoints."
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 
 from channelslast.memory_format import (
     VIEW_ERROR,
@@ -34,8 +36,10 @@ from channelslast.memory_format import (
 from channelslast.precision import (
     AMPMode,
     MixedPrecision,
+    PickledByName,
     amp_mode_in_use,
     choose_precision,
+    drop_gradients,
     remove_cbs,
     set_precision,
     to_amp_mode,
@@ -79,7 +83,7 @@ class TrainFormat:
         return f"learn.to_format({self!r})"
 
 
-class ChannelsLast(fastai_channelslast.ChannelsLast):
+class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
     """Train in channels last: convert the model, its gradients and the optimizer state before a fit, and its inputs.
 
     The memory format alone: mixed precision is another callback, see `Learner.to_channelslast` for both. 4D weights go
@@ -115,6 +119,9 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
         if self.is_on:  # a checkpoint loaded after an epoch brings contiguous optimizer state
             _convert_model(self.learn, channels_last=True)
 
+    def before_validate(self):
+        self.before_train()  # a callback may validate another model, as an average of the weights
+
     def _warn_once(self, message: str):
         if message not in self.told:
             self.told.add(message)
@@ -129,6 +136,7 @@ class ChannelsLast(fastai_channelslast.ChannelsLast):
             self.before_fit()
 
     def after_exception(self, error: BaseException):
+        drop_gradients(self.learn, error)
         if self.is_on and isinstance(error, RuntimeError) and any(words in str(error) for words in _VIEW_ERRORS):
             add_note(
                 error,
@@ -315,3 +323,35 @@ def save(
     opt = self.opt and _Portable(self.opt)
     save_model(file, _Portable(get_model(self.model)), opt, **kwargs)
     return file
+
+
+_export = Learner.export
+
+
+@patch
+@delegates(_export)
+def export(
+    self: Learner,
+    fname: str | Path = "export.pkl",  # name in `self.path`
+    **kwargs,
+) -> None:
+    """Export the content of `self` without the items and the optimizer state for inference, the model contiguous.
+
+    The callbacks go with it: a file that needs only fastai is one from after `to_contiguous(to_fp32=True)`.
+    """
+    with _contiguous_weights(self.model):
+        _export(self, fname, **kwargs)
+
+
+@contextmanager
+def _contiguous_weights(model: nn.Module) -> Iterator[None]:
+    "Parameters and buffers of `model` are contiguous inside, and those that they were again after it."
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor, data in zip(tensors, state_to_contiguous(before)):
+            tensor.data = data
+        yield
+    finally:
+        for tensor, data in zip(tensors, before):
+            tensor.data = data

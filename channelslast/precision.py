@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterable
 from functools import cache, partial
+from logging.config import BaseConfigurator
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,8 @@ def check_scaler_options(
 
 # The callback
 
-# What may leave a loop over batches while the fit goes on, or ends in order
-_FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException, CancelFitException)
+# What may leave a loop over batches while the fit goes on
+_FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
 
 
 class AutocastState:
@@ -201,7 +202,43 @@ class AutocastState:
         torch.set_autocast_cache_enabled(self.cache_enabled)
 
 
-class MixedPrecision(fastai_fp16.MixedPrecision):
+def drop_gradients(
+    learn: Learner,
+    error: BaseException,  # that has left the loop over batches
+) -> None:
+    "Zero the gradients of a batch that was never stepped, if `error` ends the fit: the next one would add to them."
+    if learn.training and not isinstance(error, _FIT_GOES_ON):
+        learn.opt.zero_grad()
+
+
+class PickledByName:
+    """A callback whose pickle fails with an error that names this package where it cannot be imported.
+
+    fastai's `load_learner` swallows an `ImportError`, and fails further on with one that tells nothing. Python's
+    logging has a function that finds a class by its name and raises `ValueError`.
+    """
+
+    def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
+        if type(self).__module__.partition(".")[0] != __package__:  # a class of the user's
+            return reduced
+        return _ByName(type(self)), (), *reduced[2:]
+
+
+class _ByName:
+    "Makes objects of a class without calling its `__init__`; in a pickle, the class itself, found by its name."
+
+    def __init__(self, cls: type):
+        self.cls = cls
+
+    def __call__(self) -> Any:
+        return self.cls.__new__(self.cls)
+
+    def __reduce__(self):
+        return BaseConfigurator.resolve, (BaseConfigurator, f"{self.cls.__module__}.{self.cls.__qualname__}")
+
+
+class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
     A dtype that the device does not accelerate is replaced with a warning, see `autocast_dtype`. Takes the options of
@@ -280,15 +317,14 @@ class MixedPrecision(fastai_fp16.MixedPrecision):
         self._finish_copying_loss()
 
     def after_exception(self, error: BaseException):
-        "Put back what only the rest of the batch would have: autocast, and gradients that are multiplied by the scale."
+        "Put back what only the rest of the batch would have."
         for _, state in reversed(self.entered):
             state.restore()
         self.entered = []
         self.loss_copy = None
         self._forget_found_inf()
-        if self.training and self.learn.scaler is not None and not isinstance(error, _FIT_GOES_ON):
-            if self.learn.scaler.is_enabled():
-                self.opt.zero_grad()
+        drop_gradients(self.learn, error)
+        if self.training and not isinstance(error, (*_FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None
             for cb in self.learn.cbs:
                 if isinstance(cb, fastai_fp16.MixedPrecision):

@@ -14,6 +14,8 @@ from torch import nn
 
 from channelslast import find, precision
 
+torch.set_num_threads(1)  # more wait for one another longer than they compute on tensors as small as these
+
 
 def pytest_collection_modifyitems(items):
     n_gpus = torch.cuda.device_count()

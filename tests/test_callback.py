@@ -15,16 +15,13 @@ from fastai.callback import fp16 as fastai_fp16
 from fastai.callback import schedule  # noqa: F401, for `fine_tune`
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.tracker import SaveModelCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.distributed import DistributedTrainer
-from fastai.learner import CastToTensor, Learner, load_learner
+from fastai.learner import CastToTensor, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
-from fastcore.foundation import L
-from safetensors.torch import save_file
 from torch import nn
 from torch.amp import GradScaler
 
@@ -781,91 +778,6 @@ def test_note_is_a_warning_where_exceptions_take_none():
 
 
 # What leaves the Learner
-
-
-def flatten(nested):
-    if isinstance(nested, dict):
-        nested = list(nested.values())
-    if isinstance(nested, (list, tuple, L)):
-        for item in nested:
-            yield from flatten(item)
-    else:
-        yield nested
-
-
-def contiguous(state):
-    return all(value.is_contiguous() and not is_channels_last(value) for value in state.values())
-
-
-@pytest.mark.parametrize("opt_func", [Adam, wrapped_adamw, ranger])
-def test_saved_file_is_that_of_a_contiguous_model(new_learner, opt_func, tmp_path):
-    learn = new_learner(opt_func=opt_func, path=tmp_path).to_channelslast(use_amp=False)
-    learn.fit(1)
-    learn.save("last")
-    assert_format(learn, True)
-    learn.to_contiguous().save("flat")
-    files = [(tmp_path / "models" / f"{name}.pth") for name in ("last", "flat")]
-    last, plain = (torch.load(file, weights_only=False) for file in files)
-    assert last["model"].keys() == plain["model"].keys() and last["model"]._metadata == plain["model"]._metadata
-    assert all(
-        torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(last["model"].values(), plain["model"].values())
-    )
-    assert files[0].stat().st_size == files[1].stat().st_size
-    save_file(last["model"], tmp_path / "model.safetensors")
-    states = [[t for t in flatten(file["opt"]) if torch.is_tensor(t) and t.ndim == 4] for file in (last, plain)]
-    assert states[0]
-    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*states, strict=True))
-
-
-def test_saved_file_of_a_wrapped_model_is_that_of_the_model(learn, tmp_path):
-    learn.path = tmp_path
-    learn.model = nn.DataParallel(learn.model)
-    assert torch.load(learn.save("wrapped")).keys() == TinyNet().state_dict().keys()
-
-
-def test_saved_file_keeps_tied_weights_once(new_learner, tmp_path):
-    learn = new_learner(tied, path=tmp_path).to_channelslast(use_amp=False)
-    learn.fit(1)
-    state = torch.load(learn.save("tied", with_opt=False))
-    assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr()
-
-
-def test_checkpoint_callback_writes_contiguous_weights(new_learner, tmp_path):
-    learn = new_learner(path=tmp_path, cbs=SaveModelCallback()).to_channelslast(use_amp=False)
-    learn.fit(1)
-    assert contiguous(torch.load(tmp_path / "models" / "model.pth"))
-
-
-@pytest.mark.parametrize("with_opt", [True, False])
-def test_contiguous_checkpoint_loads_into_a_channels_last_learner(new_learner, tmp_path, with_opt):
-    plain = new_learner(path=tmp_path)
-    plain.fit(1)
-    plain.save("plain", with_opt=with_opt)
-    learn = new_learner(path=tmp_path).to_channelslast(use_amp=False)
-    learn.fit(1)
-    learn.load("plain", with_opt=with_opt)
-    assert all_channels_last(learn.model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), learn.model.parameters()))
-    TinyNet().load_state_dict(torch.load(learn.save("again", with_opt=False)))
-
-
-def test_save_shows_the_options_of_save_model_and_takes_them(new_learner, tmp_path):
-    assert {"with_opt", "pickle_protocol"} <= set(inspect.signature(Learner.save).parameters)
-    learn = new_learner(path=tmp_path)
-    file = learn.save("unfitted", pickle_protocol=4)
-    assert file == tmp_path / "models" / "unfitted.pth" and contiguous(torch.load(file, weights_only=False))
-
-
-def test_exported_learner_loads_on_the_cpu(new_learner, bf16_cpu, tmp_path):
-    learn = new_learner(path=tmp_path).to_channelslast(amp_mode="bf16")
-    learn.fit(1)
-    learn.logger = print
-    learn.dls.new_empty = lambda: new_dls(3, 8, 8)
-    learn.export()
-    loaded = load_learner(tmp_path / "export.pkl")
-    assert count(loaded, ChannelsLast) == count(loaded, MixedPrecision) == 0
-    assert all(torch.equal(a, b) for a, b in zip(learn.model.parameters(), loaded.model.parameters()))
-    assert not any(is_channels_last(param) for param in loaded.model.parameters())
 
 
 def test_callbacks_pickle(bf16_cpu, learn):

@@ -1,0 +1,286 @@
+"What raises in the middle of a fit, a search or a summary leaves behind a Learner as sound as a new one."
+
+import copy
+from contextlib import suppress
+from itertools import product
+
+import pytest
+import torch
+from conftest import TinyNet
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
+)
+from fastai.optimizer import SGD, Adam, OptimWrapper
+from torch import nn
+
+from channelslast.callback import TrainFormat
+from channelslast.memory_format import is_channels_last
+
+BEFORE_A_STEP = [
+    "before_fit",
+    "before_epoch",
+    "before_train",
+    "before_batch",
+    "after_pred",
+    "after_loss",
+    "before_backward",
+    "after_backward",
+    "before_step",
+]
+AFTER_A_STEP = [
+    "after_step",
+    "after_batch",
+    "after_train",
+    "before_validate",
+    "after_validate",
+    "after_epoch",
+    "after_fit",
+]
+INSIDE = ["data", "forward", "loss", "backward", "step"]
+FORMATS = [TrainFormat(True), TrainFormat(True, "bf16"), TrainFormat(False, "bf16")]
+ERRORS = [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError]
+
+
+def wrapped_adamw(params, **kwargs):
+    return OptimWrapper(params, torch.optim.AdamW, **kwargs)
+
+
+class RaisesAt(Callback):
+    "Raise at the `n`-th time of an event."
+
+    def __init__(self, event, error, order, n=1):
+        self.error, self.order, self.left = error, order, n
+        setattr(self, event, self.count_down)
+
+    def __deepcopy__(self, memo):  # a search trains with copies of the callbacks
+        return self
+
+    def count_down(self):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+def raise_inside(learn, where, error):
+    "Have that part of a training step raise; returns what undoes it."
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise error
+
+    def fail(*args, **kwargs):
+        raise error
+
+    if where == "data":
+        batches = learn.dls.train
+
+        class Broken(list):
+            def __iter__(self):
+                yield batches[0]
+                raise error
+
+        learn.dls.loaders[0] = Broken(batches)
+        return lambda: learn.dls.loaders.__setitem__(0, batches)
+    if where in ("forward", "backward"):
+        hook = fail if where == "forward" else lambda module, inputs, output: Fails.apply(output)
+        return learn.model[3].register_forward_hook(hook).remove
+    if where == "loss":
+        loss_func, learn.loss_func = learn.loss_func, fail
+        return lambda: setattr(learn, "loss_func", loss_func)
+    if learn.opt is None:
+        learn.create_opt()
+    learn.opt.step = fail
+    return lambda: delattr(learn.opt, "step")
+
+
+def state_of(learn):
+    "Weights, buffers and optimizer state, copied."
+    opt = learn.opt.state_dict() if learn.opt is not None else None
+    return copy.deepcopy((learn.model.state_dict(), opt))
+
+
+def assert_equal_states(first, second):
+    for a, b in zip(flatten(first), flatten(second), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def flatten(nested):
+    if isinstance(nested, dict):
+        nested = [item for pair in nested.items() for item in pair]
+    if isinstance(nested, (list, tuple)) or type(nested).__name__ == "L":
+        for item in nested:
+            yield from flatten(item)
+    else:
+        yield nested
+
+
+def assert_sound(learn, fmt):
+    "Autocast is off, the callbacks are those of a Learner that never failed, tensors are in one format."
+    assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+    assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
+    names = [cb.name for cb in learn.cbs]
+    assert len(names) == len(set(names)) and all(cb.run for cb in learn.cbs)
+    assert ("channels_last" in names) is fmt.channels_last
+    assert ("mixed_precision" in names) is (fmt.amp_mode is not None)
+    assert learn.train_format == fmt
+    for param in learn.model.parameters():
+        assert param.ndim != 4 or is_channels_last(param) is fmt.channels_last
+        assert param.grad is None or param.grad.stride() == param.stride()
+    state = learn.opt.opt.state if hasattr(learn.opt, "opt") else learn.opt.state
+    for param, values in state.items():
+        for value in values.values():
+            if torch.is_tensor(value) and value.shape == param.shape:
+                assert value.stride() == param.stride()
+
+
+def fit_again(learn):
+    "The next fit, from the same random state."
+    torch.manual_seed(1)
+    learn.fit(2)
+    return learn.recorder.values, learn.recorder.losses, state_of(learn)
+
+
+def assert_next_fit_is_that_of_a_new_learner(learn, new, fmt):
+    "Nothing but weights, buffers and optimizer state is left of the fit that failed."
+    model, opt = state_of(learn)
+    fresh = new().to_format(fmt)
+    fresh.model.load_state_dict(model)
+    fresh.create_opt()
+    fresh.opt.load_state_dict(opt)
+    assert_equal_states(fit_again(learn), fit_again(fresh))
+
+
+def model_with_dropout():
+    "Which shows the random state."
+    return nn.Sequential(*list(TinyNet())[:-1], nn.Dropout(), nn.Linear(16, 3))
+
+
+@pytest.fixture
+def new(new_learner):
+    "A function that makes the Learner, always the same."
+    return lambda: new_learner(model_with_dropout)
+
+
+def interrupt(learn, error, **kwargs):
+    with pytest.raises(type(error)):
+        learn.fit(2, **kwargs)
+
+
+# A fit
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("event, order", product([*BEFORE_A_STEP, *AFTER_A_STEP], (-5, 100)))
+def test_error_at_any_event(new, bf16_cpu, fmt, error, event, order):
+    learn = new().to_format(fmt)
+    before = state_of(learn)[0]
+    interrupt(learn, error("now"), cbs=RaisesAt(event, error("now"), order))
+    if event != "before_fit":
+        assert_sound(learn, fmt)
+    if event in BEFORE_A_STEP:
+        weights = [name for name, _ in learn.model.named_parameters()]
+        assert_equal_states([before[name] for name in weights], [learn.model.state_dict()[name] for name in weights])
+    assert_next_fit_is_that_of_a_new_learner(learn, new, fmt)
+    assert_sound(learn, fmt)
+
+
+@pytest.mark.parametrize("opt_func", [Adam, wrapped_adamw])
+@pytest.mark.parametrize("event", [*BEFORE_A_STEP[3:], *AFTER_A_STEP[:2]])
+def test_interrupt_in_the_middle_of_training(new_learner, bf16_cpu, opt_func, event):
+    fmt = TrainFormat(True, "bf16")
+    learn = new_learner(model_with_dropout, opt_func=opt_func).to_format(fmt)
+    learn.fit(1)
+    interrupt(learn, KeyboardInterrupt(), cbs=RaisesAt(event, KeyboardInterrupt(), 100, n=5))
+    assert_sound(learn, fmt)
+    assert_next_fit_is_that_of_a_new_learner(learn, lambda: new_learner(model_with_dropout, opt_func=opt_func), fmt)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", INSIDE)
+def test_error_inside_a_step(new, bf16_cpu, fmt, error, where):
+    learn = new().to_format(fmt)
+    undo = raise_inside(learn, where, error("now"))
+    interrupt(learn, error("now"))
+    undo()
+    assert_sound(learn, fmt)
+    assert_next_fit_is_that_of_a_new_learner(learn, new, fmt)
+
+
+@pytest.mark.parametrize("event", BEFORE_A_STEP)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CancelFitException])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_next_fit_equals_one_that_was_never_interrupted(new, bf16_cpu, fmt, event, error):
+    "But for the running statistics of batch norm, which a forward pass in training updates."
+    learn, other = (new().to_format(fmt) for _ in range(2))
+    for module in (*learn.model.modules(), *other.model.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    with suppress(KeyboardInterrupt):
+        learn.fit(1, cbs=RaisesAt(event, error(), 100))
+    losses, values, (model, opt) = fit_again(learn)
+    for name in [name for name in model if name.endswith("num_batches_tracked")]:
+        model[name] = other.model.state_dict()[name] + 6
+    assert_equal_states((losses, values, (model, opt)), fit_again(other))
+
+
+@pytest.mark.parametrize("where", ["validate", "get_preds"])
+@pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_loss", "after_batch", "after_validate"])
+def test_interrupted_validation(new, bf16_cpu, where, event):
+    fmt = TrainFormat(True, "bf16")
+    learn = new().to_format(fmt)
+    learn.fit(1)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(learn, where)(dl=learn.dls.valid, cbs=RaisesAt(event, KeyboardInterrupt(), 100))
+    assert_sound(learn, fmt)
+    assert_next_fit_is_that_of_a_new_learner(learn, new, fmt)
+
+
+# fastai's own exceptions
+
+CANCELS = {
+    CancelBatchException: [*BEFORE_A_STEP[3:], "after_step"],
+    CancelBackwardException: ["before_backward"],
+    CancelStepException: ["before_step"],
+    CancelTrainException: [*BEFORE_A_STEP[2:], "after_step", "after_batch"],
+    CancelValidException: ["before_validate"],
+    CancelEpochException: [*BEFORE_A_STEP[1:], "after_step", "after_batch", "after_train"],
+    CancelFitException: [*BEFORE_A_STEP, *AFTER_A_STEP[:-1]],
+}
+
+
+@pytest.mark.parametrize(
+    "error, event", [(error, event) for error, events in CANCELS.items() for event in events], ids=str
+)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_cancelling_does_what_it_does_in_fastai(new_learner, bf16_cpu, fmt, error, event):
+    def new():
+        return new_learner(model_with_dropout, opt_func=SGD)
+
+    learn, plain = new().to_format(fmt), new()
+    for each in (learn, plain):
+        torch.manual_seed(0)
+        each.fit(2, cbs=RaisesAt(event, error(), 100, n=2 if event not in AFTER_A_STEP[2:] else 1))
+    assert_sound(learn, fmt)
+    assert plain.recorder.iters == learn.recorder.iters and len(plain.recorder.losses) == len(learn.recorder.losses)
+    tolerance = {"atol": 1e-5} if fmt.amp_mode is None else {"atol": 0.05}
+    for a, b in zip(learn.model.parameters(), plain.model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-4, **tolerance)
+    if error not in (CancelBatchException, CancelTrainException, CancelEpochException):
+        assert_next_fit_is_that_of_a_new_learner(learn, new, fmt)
+
+
+# A search and a summary
