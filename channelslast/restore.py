@@ -57,7 +57,7 @@ def unchanged_learner(
     loss_func = getattr(learn.loss_func, "func", learn.loss_func)  # fastai's losses wrap PyTorch's
     loaders = list(getattr(learn.dls, "loaders", []))
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
-    autocast = [AutocastState(device_type) for device_type in {"cpu", training_device(learn).type}]
+    autocast = [AutocastState(device_type).restore for device_type in {"cpu", training_device(learn).type}]
     made_before = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None
     optimizers = [*with_wrapped(learn.opt), *with_wrapped(made_before)]
     others = [learn, learn.dls, *optimizers, *loaders, *samplers]
@@ -68,8 +68,20 @@ def unchanged_learner(
             learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
             yield put_tensors_back
         finally:
-            for state in autocast:
-                state.restore()
+            _finish(autocast)
+
+
+def _finish(
+    restores: list[Callable[[], None]],  # each may be called twice
+) -> None:
+    "Call them all; an interrupt in the middle of it counts afterwards."
+    try:
+        for restore in restores:
+            restore()
+    except KeyboardInterrupt:
+        for restore in restores:
+            restore()
+        raise
 
 
 class FitDone(BaseException):
@@ -83,11 +95,12 @@ def unchanged_tensors(
     "Put memory, values, `requires_grad` and gradients of `tensors` back afterwards; in between they have no gradients."
     tensors = list(tensors)
     values, gradients = _Values(tensors), _Gradients(tensors)
+    restores = [values.restore, gradients.restore]
     try:
+        gradients.take()
         yield
     finally:
-        values.restore()
-        gradients.restore()
+        _finish(restores)
 
 
 @contextmanager
@@ -99,16 +112,14 @@ def _unchanged(roots: Iterable[Any], others: Iterable[Any], values: bool = True)
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     attributes = [_Attributes(roots, is_deep=True), _Attributes(others, is_deep=False)]
     saved = _Values([*tensors, *attributes[0].tensors, *attributes[1].tensors] if values else [])
-    states = get_random_states()
     gradients = _Gradients([*tensors, *attributes[0].tensors])
+    restores = [part.restore for part in (*attributes, saved, gradients)]
+    restores.append(partial(set_random_states, **get_random_states()))
     try:
+        gradients.take()
         yield saved.restore
     finally:
-        set_random_states(**states)
-        for part in attributes:
-            part.restore()
-        saved.restore()
-        gradients.restore()
+        _finish(restores)
 
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -153,11 +164,11 @@ def _unchanged_generators(root: Any, n_most: int = 10_000) -> Iterator[None]:
             todo += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         if _is_plain(value):  # a container may be
             todo += vars(value).values()
+    restores = [partial(set_state, state) for set_state, state in generators]
     try:
         yield
     finally:
-        for set_state, state in generators:
-            set_state(state)
+        _finish(restores)
 
 
 class _Attributes:
@@ -238,6 +249,8 @@ class _Gradients:
 
     def __init__(self, tensors: Iterable[Tensor]):
         self.saved = [(tensor, tensor.grad, tensor.requires_grad) for tensor in tensors if tensor.is_leaf]
+
+    def take(self) -> None:
         for tensor, _, _ in self.saved:
             tensor.grad = None
 

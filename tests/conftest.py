@@ -1,5 +1,8 @@
 "Data, models and Learners that the tests share: small, seeded, on the CPU."
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -138,3 +141,57 @@ def digits_folder(tmp_path_factory):
         file.parent.mkdir(exist_ok=True)
         Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
     return folder
+
+
+def tensors_of(model):
+    "Name, object, memory, strides and values of each parameter and buffer, with its gradient."
+    return [
+        (
+            name,
+            id(tensor),
+            tensor.data_ptr(),
+            tensor.stride(),
+            tensor.detach().clone(),
+            tensor.requires_grad,
+            tensor.grad,
+        )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]
+
+
+def assert_same_tensors(before, after):
+    assert len(before) == len(after)
+    for (*facts, values, requires_grad, grad), (*facts_now, values_now, requires_grad_now, grad_now) in zip(
+        before, after
+    ):
+        assert facts == facts_now and torch.equal(values, values_now)
+        assert requires_grad == requires_grad_now and grad is grad_now
+
+
+def state_of(learn):
+    "Everything that a search must not change, by identity where there is one."
+    return {
+        "attributes": {name: id(value) for name, value in vars(learn).items()},
+        "callbacks": [(id(cb), {name: id(value) for name, value in vars(cb).items()}) for cb in learn.cbs],
+        "modules": [(id(module), module.training, set(vars(module))) for module in learn.model.modules()],
+        "loaders": [id(loader) for loader in learn.dls.loaders],
+        "format": learn.train_format,
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+    }
+
+
+@pytest.fixture
+def assert_unchanged():
+    "A function that takes a Learner, and one that tells whether it is as it was then."
+
+    def begin(learn):
+        tensors, state = tensors_of(learn.model), state_of(learn)
+
+        def check():
+            assert_same_tensors(tensors, tensors_of(learn.model))
+            assert state_of(learn) == state
+
+        return check
+
+    return begin

@@ -20,7 +20,6 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, ranger
 from matplotlib import pyplot as plt
-from test_restore import assert_same_tensors, tensors_of
 from torch import nn
 
 from channelslast import find
@@ -468,35 +467,6 @@ def test_training_afterwards_is_bit_for_bit_the_same(new_learner, bf16_cpu, kwar
     assert learns[0].recorder.losses == learns[1].recorder.losses
     for first, second in zip(learns[0].opt.state_dict()["state"], learns[1].opt.state_dict()["state"]):
         assert str(first) == str(second)
-
-
-def state_of(learn):
-    "Everything that a search must not change, by identity where there is one."
-    return {
-        "attributes": {name: id(value) for name, value in vars(learn).items()},
-        "callbacks": [(id(cb), {name: id(value) for name, value in vars(cb).items()}) for cb in learn.cbs],
-        "modules": [(id(module), module.training, set(vars(module))) for module in learn.model.modules()],
-        "loaders": [id(loader) for loader in learn.dls.loaders],
-        "format": learn.train_format,
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
-    }
-
-
-@pytest.fixture
-def assert_unchanged():
-    "A function that takes a Learner, and one that tells whether it is as it was then."
-
-    def begin(learn):
-        tensors, state = tensors_of(learn.model), state_of(learn)
-
-        def check():
-            assert_same_tensors(tensors, tensors_of(learn.model))
-            assert state_of(learn) == state
-
-        return check
-
-    return begin
 
 
 class RaisesAt(Callback):

@@ -1,8 +1,13 @@
 "What raises in the middle of a fit, a search or a summary leaves behind a Learner as sound as a new one."
 
 import copy
+import gc
+import linecache
+import sys
+from collections import Counter
 from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from fastai.callback.core import (
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 
+from channelslast import find
 from channelslast.callback import TrainFormat
 from channelslast.memory_format import is_channels_last
 
@@ -56,15 +62,16 @@ class RaisesAt(Callback):
     "Raise at the `n`-th time of an event."
 
     def __init__(self, event, error, order, n=1):
-        self.error, self.order, self.left = error, order, n
+        self.error, self.order, self.run = error, order, True
+        self.left = [n]  # in a list: a search must not change an attribute
         setattr(self, event, self.count_down)
 
     def __deepcopy__(self, memo):  # a search trains with copies of the callbacks
         return self
 
     def count_down(self):
-        self.left -= 1
-        if self.left == 0:
+        self.left[0] -= 1
+        if self.left[0] == 0:
             raise self.error
 
 
@@ -284,3 +291,180 @@ def test_cancelling_does_what_it_does_in_fastai(new_learner, bf16_cpu, fmt, erro
 
 
 # A search and a summary
+
+
+PACKAGE = str(Path(find.__file__).parent)
+
+
+class InterruptAt:
+    "Raises `KeyboardInterrupt` at the `n`-th time that the package runs that line; without a line, counts all lines."
+
+    def __init__(self, line=None, n=1):
+        self.line, self.left, self.counts = line, n, Counter()
+
+    def __enter__(self):
+        sys.settrace(lambda frame, *args: self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None)
+        return self
+
+    def __exit__(self, *args):
+        sys.settrace(None)
+
+    def trace(self, frame, event, arg):
+        if event == "line":
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.counts[line] += 1
+            self.left -= line == self.line
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def summarise(learn):
+    learn.format_summary()
+
+
+def search(learn):
+    learn.format_find([TrainFormat(True), TrainFormat(False)], show_plot=False)
+
+
+@pytest.fixture
+def quick_search(monkeypatch):
+    monkeypatch.setattr(find, "BUDGET", 1e-3)
+
+
+@pytest.mark.parametrize("call, every", [(summarise, 17), (search, 97)])  # 1 has been run by hand
+def test_interrupt_at_any_line_leaves_the_learner_as_it_was(new, bf16_cpu, quick_search, assert_unchanged, call, every):
+    "The first time and the last. (`_finish`, which puts back, cannot guard its own first line.)"
+    learn = new().to_channelslast(amp_mode="bf16")
+    learn.fit(1)
+    learn.model(torch.randn(2, 3, 8, 8)).sum().backward()
+    with InterruptAt() as all_lines:
+        call(learn)
+    check = assert_unchanged(learn)
+    lines = [line for line in sorted(all_lines.counts) if linecache.getline(*line).strip() != "try:"]
+    assert len(lines) > 400
+    for line in lines[::every]:
+        for n in sorted({1, all_lines.counts[line]}):
+            with suppress(KeyboardInterrupt), InterruptAt(line, n):
+                call(learn)
+            check()
+            assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("call", [summarise, search])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError, CancelFitException])
+@pytest.mark.parametrize("event", BEFORE_A_STEP)
+def test_error_at_any_event_of_a_search(new, bf16_cpu, quick_search, assert_unchanged, call, event, error):
+    learn = new().to_channelslast(amp_mode="bf16")
+    learn.fit(1)
+    learn.add_cb(RaisesAt(event, error("now"), 100, n=3 if call is search else 1))
+    check = assert_unchanged(learn)
+    with suppress(KeyboardInterrupt, RuntimeError, ValueError):
+        call(learn)
+    check()
+    learn.remove_cb(RaisesAt)
+    assert_sound(learn, TrainFormat(True, "bf16"))
+    assert_next_fit_is_that_of_a_new_learner(learn, new, TrainFormat(True, "bf16"))
+
+
+@pytest.mark.parametrize("call", [summarise, search])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError])
+@pytest.mark.parametrize("where", INSIDE)
+def test_error_inside_a_step_of_a_search(new, bf16_cpu, quick_search, assert_unchanged, call, where, error):
+    learn = new().to_channelslast(amp_mode="bf16")
+    learn.fit(1)
+    undo = raise_inside(learn, where, error("now"))
+    check = assert_unchanged(learn)
+    with suppress(KeyboardInterrupt, RuntimeError):
+        call(learn)
+    check()
+    undo()
+    assert_next_fit_is_that_of_a_new_learner(learn, new, TrainFormat(True, "bf16"))
+
+
+# Out of memory on a GPU
+
+
+class Hungry(nn.Module):
+    "Takes more memory than the GPU has, in the forward or in the backward pass."
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.is_on = where, True
+
+    def forward(self, x):
+        if self.is_on and self.where == "forward":
+            too_large(x)
+        if self.is_on and self.where == "backward":
+            x = x.clone().requires_grad_()
+            x.register_hook(too_large)
+        return x
+
+
+def too_large(x):
+    total = torch.cuda.get_device_properties(x.device).total_memory
+    return torch.empty(2 * total, dtype=torch.uint8, device=x.device)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("where", ["forward", "backward", "step"])
+@pytest.mark.parametrize("fmt", [TrainFormat(True), TrainFormat(True, "fp16"), TrainFormat(True, "bf16")], ids=str)
+def test_gpu_out_of_memory(new_learner, where, fmt):
+    def new():
+        return new_learner(lambda: nn.Sequential(Hungry(where), *TinyNet()), device="cuda")
+
+    learn, other = new().to_format(fmt), new().to_format(fmt)
+    learn.model[0].is_on, other.model[0].is_on = where != "step", False
+    for each in (learn, other):
+        for module in each.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+    cbs = Callback(before_step=lambda cb: too_large(cb.x)) if where == "step" else None
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        learn.fit(1, cbs=cbs)
+    learn.model[0].is_on = False
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert not torch.is_autocast_enabled("cuda")
+    assert all(is_channels_last(param) for param in learn.model.parameters() if param.ndim == 4)
+    assert all(param.grad is None or not param.grad.any() for param in learn.model.parameters())
+    for each in (learn, other):
+        torch.manual_seed(1)
+        each.fit(1)
+    for a, b in zip(learn.model.parameters(), other.model.parameters()):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("call", [summarise, search])
+def test_gpu_out_of_memory_in_a_search(new_learner, assert_unchanged, quick_search, call):
+    learn = new_learner(lambda: nn.Sequential(Hungry("forward"), *TinyNet()), device="cuda").to_channelslast()
+    learn.model.to("cuda")
+    check = assert_unchanged(learn)
+    with pytest.raises((torch.cuda.OutOfMemoryError, RuntimeError), match="out of memory"):
+        call(learn)
+    check()
+    learn.model[0].is_on = False
+    call(learn)
+    check()
+    learn.fit(1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("event", BEFORE_A_STEP)
+def test_interrupt_while_the_loss_is_scaled(new_learner, event):
+    "float16 multiplies loss and gradients by a scale that the next fit does not know."
+    learn, other = (new_learner(device="cuda").to_channelslast(init_scale=1024.0) for _ in range(2))
+    for each in (learn, other):
+        for module in each.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=RaisesAt(event, KeyboardInterrupt(), 100))
+    assert not torch.is_autocast_enabled("cuda")
+    for each in (learn, other):
+        torch.manual_seed(1)
+        each.fit(1)
+    for a, b in zip(learn.model.parameters(), other.model.parameters()):
+        assert torch.allclose(a, b, atol=1e-3)

@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, new_dls
+from conftest import TinyNet, assert_same_tensors, new_dls, tensors_of
 from fastai.callback.core import Callback
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
@@ -23,31 +23,6 @@ from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last, module_to_memory_format
 from channelslast.precision import MixedPrecision
 from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
-
-
-def tensors_of(model):
-    "Name, object, memory, strides and values of each parameter and buffer, with its gradient."
-    return [
-        (
-            name,
-            id(tensor),
-            tensor.data_ptr(),
-            tensor.stride(),
-            tensor.detach().clone(),
-            tensor.requires_grad,
-            tensor.grad,
-        )
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    ]
-
-
-def assert_same_tensors(before, after):
-    assert len(before) == len(after)
-    for (*facts, values, requires_grad, grad), (*facts_now, values_now, requires_grad_now, grad_now) in zip(
-        before, after
-    ):
-        assert facts == facts_now and torch.equal(values, values_now)
-        assert requires_grad == requires_grad_now and grad is grad_now
 
 
 def random_numbers():

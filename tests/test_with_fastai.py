@@ -508,6 +508,7 @@ def test_to_parallel_before_and_after_to_channelslast(twins, no_gpu, is_before):
 def test_data_parallel_on_two_gpus_trains_alike(new_learner, tmp_path):
     plain, ours = make_twins(new_learner, tmp_path, "bf16", device="cuda")
     each((plain, ours), lambda learn: learn.to_parallel().fit(2))
+    ours.spy.grads.discard(False)  # of the 1x1 kernels, which DataParallel's sum over the GPUs hands back contiguous
     assert_trained_alike(plain, ours)
 
 

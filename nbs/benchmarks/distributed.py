@@ -16,7 +16,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL  # and `Learner.distrib_ctx`
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.script import call_parse
 from sklearn.datasets import load_digits
+from torch import nn
 
 from channelslast.callback import TrainFormat
 from channelslast.cli import fused_adamw, made_with, new_model
@@ -86,16 +86,17 @@ def new_learner(batches: list, model, device: torch.device, **kwargs) -> Learner
     "A Learner over batches that are on the device already."
     loader = partial(DataLoader, batches, bs=None, num_workers=0)
     dls = DataLoaders(loader(), loader(), device=device)
-    learn = Learner(dls, model, CrossEntropyLossFlat(), **kwargs)
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *args: None
     return learn
 
 
-def digits_losses(device: torch.device, sync_bn: bool, n_processes: int, fmt: TrainFormat) -> list[float]:
+def digits_losses(device: torch.device, sync_bn: bool, n_processes: int) -> list[float]:
     "Losses of the steps, trained in this process as in `n_processes`, or in those that there are."
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).div(16)[:, None].repeat(1, 3, 2, 2).to(device)
+    images += 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device)  # no equal pixels
     labels = torch.tensor(digits.target).to(device)
     batches = list(zip(images.split(BS), labels.split(BS)))[: N_STEPS * n_processes]
     cbs, is_one = [Losses()], num_distrib() <= 1
@@ -108,7 +109,8 @@ def digits_losses(device: torch.device, sync_bn: bool, n_processes: int, fmt: Tr
             cbs.append(GradientAccumulation(n_processes * BS))
     torch.manual_seed(0)
     model = new_model("xresnet18", 10)
-    learn = new_learner(batches, model, device, opt_func=partial(SGD, mom=0.9), lr=0.01, cbs=cbs).to_format(fmt)
+    learn = new_learner(batches, model, device, opt_func=partial(SGD, mom=0.9), lr=0.01, cbs=cbs)
+    learn.to_format(TrainFormat(channels_last=True))
     with nullcontext() if is_one else learn.distrib_ctx(sync_bn=sync_bn):
         learn.fit(1)
     losses = learn.losses.losses
@@ -134,6 +136,10 @@ def step_ms(
     return times.ms(n_warm_up)
 
 
+def norm(sync_bn: bool) -> str:
+    return "SyncBatchNorm" if sync_bn else "BatchNorm"
+
+
 def work(task: dict) -> dict:
     "What one of the processes does."
     device = Accelerator().device
@@ -141,14 +147,11 @@ def work(task: dict) -> dict:
         DistributedDL._broadcast = broadcast
     torch.backends.cudnn.allow_tf32 = False
     result = {"device": made_with("", device)["device"], "losses": {}, "ms": {}}
-    for sync_bn in task["sync_bn"]:
-        for n in task["losses_of"]:
-            losses = digits_losses(device, sync_bn, n, TrainFormat(True, task["losses_in"]))
-            result["losses"][f"{n}, sync_bn={sync_bn}"] = losses
-    torch.backends.cudnn.benchmark = True
+    for n, sync_bn in product(task["losses_of"], task["sync_bn"]):
+        result["losses"][f"{n}, {norm(sync_bn)}"] = digits_losses(device, sync_bn, n)
     for fmt in task["speed_in"]:
         for sync_bn in task["sync_bn"] if num_distrib() > 1 else [False]:
-            name = f"{TrainFormat(*fmt)}, sync_bn={sync_bn}"
+            name = f"{TrainFormat(*fmt)}, {norm(sync_bn)}"
             result["ms"][name] = step_ms(device, sync_bn, TrainFormat(*fmt), **task["speed_of"])
     if num_distrib() > 1:
         dist.destroy_process_group()
@@ -175,7 +178,6 @@ def launch(n_processes: int, device: str, task: dict) -> dict:
 def main(
     processes: str = "1,2",  # numbers of processes, one a GPU
     device: str = "cuda",  # cuda or cpu; on a CPU SyncBatchNorm and the speed are left out
-    losses_in: str = "none",  # precision in which losses are compared: none, fp16 or bf16
     arch: str = "resnet50",  # to measure speed with
     size: int = 224,  # image size in pixels
     bs: int = 256,  # images in a batch of each process
@@ -187,8 +189,7 @@ def main(
     task = {
         "sync_bn": [True, False] if device == "cuda" else [False],
         "losses_of": [],
-        "losses_in": None if losses_in == "none" else losses_in,
-        "speed_in": [(True, "fp16"), (True, "bf16"), (False, "fp16")] if device == "cuda" and steps else [],
+        "speed_in": [(True, "fp16"), (True, "bf16")] if device == "cuda" and steps else [],
         "speed_of": {"arch": arch, "size": size, "bs": bs, "n": steps},
     }
     losses, ms, n_warnings = [], {}, 0
@@ -202,13 +203,14 @@ def main(
                 ms.setdefault(name, {}).setdefault(n, []).extend(times)
             one = one or result["losses"]
             for name, values in result["losses"].items() if n > 1 else ():
-                difference = max(abs(a - b) / b for a, b in zip(values, one[name], strict=True))
-                losses.append({"processes": name, "losses": values, "one_process": one[name], "difference": difference})
+                differences = [abs(a - b) / b for a, b in zip(values, one[name], strict=True)]
+                compared = {"losses": values, "one_process": one[name], "relative_differences": differences}
+                losses.append({"processes": name, **compared})
     record = made_with(shlex.join(["python", "nbs/benchmarks/distributed.py", *sys.argv[1:]]), torch.device("cpu"))
     record["device"] = result["device"]
     speed = []
     for name, times in ms.items():
-        alone = statistics.median(ms[name.replace("sync_bn=True", "sync_bn=False")][1])
+        alone = statistics.median(ms[name.replace(norm(True), norm(False))][1])
         for n, values in times.items():
             median = statistics.median(values)
             speed.append(
