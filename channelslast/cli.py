@@ -344,12 +344,12 @@ OPTIMIZERS = {"adam": Adam, "fused": fused_adamw}
 
 
 def summary(
-    arch: str | None = None,  # name of a fastai, torchvision or timm model, as resnet50
+    arch: str = None,  # name of a fastai, torchvision or timm model, as resnet50
     bs: int = 8,  # images in a batch
-    size: int | None = None,  # pixels square; default: what timm says, 112 for video, else 224
-    device: str | None = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
+    size: int = None,  # pixels square; default: what timm says, 112 for video, else 224
+    device: str = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
     amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
-    json: str | None = None,  # also write the result to this file
+    json: str = None,  # also write the result to this file
 ):
     "Show where a model loses channels last in a training step on random images, and what it costs."
     if arch is None:
@@ -423,19 +423,19 @@ def write_json(
 
 
 def find(
-    arch: str | None = None,  # one or several names of fastai, torchvision or timm models, as resnet50 convnext_tiny
+    arch: str = None,  # one or several names of fastai, torchvision or timm models, as resnet50 convnext_tiny
     bs: int = 16,  # images in a batch
-    size: int | None = None,  # pixels square; default: what timm says, 112 for video, else 224
-    path: str | None = None,  # folder of images, one subfolder a class; default: random images
-    device: str | None = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
-    formats: str | None = None,  # as "contiguous fp16, channels last bf16 compiled"; default: all that are accelerated
+    size: int = None,  # pixels square; default: what timm says, 112 for video, else 224
+    path: str = None,  # folder of images, one subfolder a class; default: random images
+    device: str = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
+    formats: str = None,  # as "contiguous fp16, channels last bf16 compiled"; default: all that are accelerated
     compile: bool = False,  # also try each compiled by PyTorch, which takes minutes
     opt: str = "adam",  # adam (fastai's) or fused (PyTorch's AdamW)
-    budget: float | None = None,  # seconds a model, compilation not counted; default: 27, more if steps are slow
+    budget: float = None,  # seconds a model, compilation not counted; default: 27, more if steps are slow
     built_in: bool = False,  # also time fastai's own `to_channelslast()`, to compare
     verify: bool = False,  # afterwards measure those again that are close to the best
-    plot: str | None = None,  # also draw the bars, to this file
-    json: str | None = None,  # also write the results to this file
+    plot: str = None,  # also draw the bars, to this file
+    json: str = None,  # also write the results to this file
 ):
     "Time a training step in each format, contiguous and channels last, and tell which to train in."
     if arch is None:

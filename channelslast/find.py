@@ -561,9 +561,9 @@ def _compiling(is_on: bool) -> Iterator[None]:
     if not is_on:
         yield
         return
-    limit = "recompile_limit" if hasattr(torch.compiler.config, "recompile_limit") else "cache_size_limit"
-    has_names = hasattr(torch.compiler.config, limit)  # PyTorch 2.8; before, only the compiler's own module has them
-    config = torch.compiler.config if has_names else torch._dynamo.config
+    public = getattr(torch.compiler, "config", None)  # with the names from PyTorch 2.8 on
+    config = public if hasattr(public, "recompile_limit") else torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     torch.compiler.reset()
     with config.patch({limit: 1000, "automatic_dynamic_shapes": False}):
         try:

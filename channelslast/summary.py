@@ -480,13 +480,47 @@ def _use_profiler(profile: bool | None, device: torch.device) -> bool:
     return profile
 
 
-def _eager() -> Any:
-    "A compiled model runs as it was written: inside the compiler's code there are no operators to watch."
-    set_stance = getattr(torch.compiler, "set_stance", None)  # PyTorch 2.6
-    return set_stance("force_eager") if set_stance else nullcontext()
+def _eager(model: nn.Module) -> Any:
+    """A compiled model runs as it was written: inside the compiler's code there are no operators to watch.
+
+    Before PyTorch 2.6 it is for the caller to put its attributes back.
+    """
+    if hasattr(torch.compiler, "set_stance"):  # PyTorch 2.6
+        return torch.compiler.set_stance("force_eager")
+    for module in model.modules():
+        vars(module).pop("_compiled_call_impl", None)
+    return nullcontext()
 
 
+@patch
 def format_summary(
+    self: Learner,
+    profile: bool | None = None,  # time the GPU's kernels too; None: on CUDA
+) -> FormatSummary:
+    """Run one training step on a batch of the training data, and tell what each operator does to the memory format.
+
+    The step is the Learner's own: its callbacks, precision and loss, forward and backward, without that of the
+    optimizer. Afterwards the Learner is as before, also when the step raises; trackers and loggers write nothing. (Data
+    that come as a stream, without a way back, go on one batch later.)
+
+    Where the model calls `.view` on channels last activations the summary says so in `error`. Any other exception is
+    the Learner's own.
+    """
+    observer = _Observer(_use_profiler(profile, training_device(self)))
+    with unchanged_learner(self), _eager(self.model), observer.running:
+        try:
+            self.fit(1, cbs=_ObservedSteps(observer))
+        except FitDone:
+            pass
+        except RuntimeError as error:
+            if not observer.stopped_by(error):
+                raise
+    if observer.tracer is None:
+        raise ValueError("A callback of the Learner cancelled the fit or its first batch: there was no step to trace")
+    return observer.summary()
+
+
+def format_summary(  # noqa: F811, the function beside the method: after it, for `patch` takes the name away
     model: nn.Module,  # as it is to be trained, in either format
     *inputs: Any,  # what to call it with: tensors, and tuples, lists and dicts of them
     loss_func: Callable[[Any], Tensor] | None = None,  # of what the model returns; None: gradients in its format
@@ -511,7 +545,7 @@ def format_summary(
     observer = _Observer(_use_profiler(profile, _device(model, tensors)))
     modules = [model, loss_func] if isinstance(loss_func, nn.Module) else [model]
     unchanged = unchanged_modules(*modules), unchanged_tensors(tensors)
-    with unchanged[0], unchanged[1], torch.inference_mode(False), _eager(), observer.running:
+    with unchanged[0], unchanged[1], torch.inference_mode(False), _eager(model), observer.running:
         try:
             for _ in range(observer.n_steps):
                 observer.begin(model, inputs)
@@ -566,31 +600,3 @@ def _first_batch(dl: Any) -> Any:
     for batch in dl:
         return batch
     raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
-
-
-@patch
-def format_summary(  # noqa: F811, the method beside the function
-    self: Learner,
-    profile: bool | None = None,  # time the GPU's kernels too; None: on CUDA
-) -> FormatSummary:
-    """Run one training step on a batch of the training data, and tell what each operator does to the memory format.
-
-    The step is the Learner's own: its callbacks, precision and loss, forward and backward, without that of the
-    optimizer. Afterwards the Learner is as before, also when the step raises; trackers and loggers write nothing. (Data
-    that come as a stream, without a way back, go on one batch later.)
-
-    Where the model calls `.view` on channels last activations the summary says so in `error`. Any other exception is
-    the Learner's own.
-    """
-    observer = _Observer(_use_profiler(profile, training_device(self)))
-    with unchanged_learner(self), _eager(), observer.running:
-        try:
-            self.fit(1, cbs=_ObservedSteps(observer))
-        except FitDone:
-            pass
-        except RuntimeError as error:
-            if not observer.stopped_by(error):
-                raise
-    if observer.tracer is None:
-        raise ValueError("A callback of the Learner cancelled the fit or its first batch: there was no step to trace")
-    return observer.summary()

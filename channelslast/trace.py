@@ -155,6 +155,8 @@ class FormatTracer(TorchDispatchMode):
     def __enter__(self):
         inside = {id(child) for module in self.model.modules() if _is_opaque(module) for child in module.modules()}
         before, after = self._enter_module, self._leave_module
+        if torch.__version__ < "2.6":
+            self._handles.append(_CastsOutside())
         try:
             for module in self.model.modules():
                 if id(module) not in inside:
@@ -472,6 +474,24 @@ class FormatTracer(TorchDispatchMode):
 def _is_opaque(module: nn.Module) -> bool:
     "Whether the modules inside run as code of the module around them: a script takes no hooks, a weight is no image."
     return isinstance(module, (torch.jit.ScriptModule, ParametrizationList))
+
+
+class _CastsOutside:
+    "Casts to subclasses of Tensor outside dispatch modes, until `remove`: before PyTorch 2.6 they raise inside of one."
+
+    def __init__(self):
+        from torch.utils._mode_utils import no_dispatch  # here, for it is private and these versions alone need it
+
+        self.cast = Tensor.as_subclass
+
+        def as_subclass(tensor: Tensor, cls: type) -> Tensor:
+            with no_dispatch():
+                return self.cast(tensor, cls)
+
+        Tensor.as_subclass = as_subclass
+
+    def remove(self) -> None:
+        Tensor.as_subclass = self.cast
 
 
 class _Image(NamedTuple):

@@ -889,12 +889,14 @@ def test_compiled_candidate_is_timed_and_nothing_of_it_is_left(new_learner, plai
     wrapper = learn.model._compiled_call_impl
     check = assert_unchanged(learn)
     formats = [TrainFormat(last, None, "default") for last in (False, True)]
-    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.automatic_dynamic_shapes
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    limits = getattr(config, limit), config.automatic_dynamic_shapes
     timings = learn.format_find([CONTIGUOUS, *formats], show_plot=False)
     check()
     assert not any(row.error for row in timings) and timings.start == TrainFormat(False, None, "reduce-overhead")
     assert learn.model._compiled_call_impl is wrapper and learn.train_format.compile == "reduce-overhead"
-    assert limits == (torch._dynamo.config.recompile_limit, torch._dynamo.config.automatic_dynamic_shapes)
+    assert limits == (getattr(config, limit), config.automatic_dynamic_shapes)
 
 
 def test_many_compiled_candidates_are_all_compiled(monkeypatch):

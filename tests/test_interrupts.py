@@ -301,13 +301,14 @@ class InterruptAt:
 
     def __init__(self, line=None, n=1):
         self.line, self.left, self.counts = line, n, Counter()
+        self.previous = sys.gettrace()  # of a measurement of coverage
 
     def __enter__(self):
         sys.settrace(lambda frame, *args: self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None)
         return self
 
     def __exit__(self, *args):
-        sys.settrace(None)
+        sys.settrace(self.previous)
 
     def trace(self, frame, event, arg):
         if event == "line":
@@ -315,7 +316,7 @@ class InterruptAt:
             self.counts[line] += 1
             self.left -= line == self.line
             if self.left == 0:
-                sys.settrace(None)
+                sys.settrace(self.previous)
                 raise KeyboardInterrupt
         return self.trace
 

@@ -102,6 +102,7 @@ def test_every_gpu_under_rocm_has_both(unknown_devices, monkeypatch):
 
 @pytest.mark.parametrize("has_scaler, expected", [(True, (torch.float16, torch.bfloat16)), (False, ())])
 def test_mps_needs_a_pytorch_with_its_grad_scaler(unknown_devices, monkeypatch, has_scaler, expected):
+    monkeypatch.setattr(precision, "is_autocast_available", lambda device_type: True)  # PyTorch 2.4 has it not yet
     monkeypatch.setattr(precision, "ismin_torch", lambda version: has_scaler)
     assert accelerated_dtypes("mps") == expected
 

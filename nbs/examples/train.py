@@ -99,7 +99,7 @@ class Throughput(Callback):
 
 
 def main(
-    path: str | None = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
+    path: str = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
     arch: str = "xresnet18",  # name of a fastai, torchvision or timm model
     size: int = 32,  # images are resized to this many pixels square
     bs: int = 64,  # images in a batch, of each process
@@ -108,7 +108,7 @@ def main(
     amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
     contiguous: bool = False,  # train in contiguous format, to compare
     local_bn: bool = False,  # on several GPUs, normalize the images of each alone, without SyncBatchNorm
-    device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
+    device: str = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
 ):
     "Train an image classifier with fastai in channels last format, on every GPU that `accelerate launch` gives it."
     for name, value in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
