@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -12,11 +13,11 @@ import torch
 from fastai.callback import channelslast as fastai_channelslast  # imported first: its patches would undo ours
 from fastai.learner import Learner, save_model
 from fastai.optimizer import Lookahead
-from fastai.torch_core import get_model, ismin_torch
+from fastai.torch_core import get_model, ismin_torch, num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
 
@@ -24,6 +25,7 @@ from channelslast.memory_format import (
     VIEW_ERROR,
     conv_ndims,
     has_lazy_parameters,
+    is_channels_last,
     match_strides,
     module_ndims,
     module_to_memory_format,
@@ -99,6 +101,7 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
         self.is_on = False
         self.has_lazy = False
         self.input_ndims = set()
+        self.hooks = []
         self.told = set()
 
     def before_fit(self):
@@ -114,6 +117,17 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
             self._warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
         if has_ndims:
             _convert_model(self.learn, channels_last=reliable)
+        self._remove_hooks()  # those of a fit that was interrupted
+        if self.is_on and num_distrib() > 1:
+            self.hooks = [param.register_hook(partial(_as_in, param.stride())) for param in _ambiguous(self.model)]
+
+    def after_fit(self):
+        self._remove_hooks()
+
+    def _remove_hooks(self):
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
     def before_train(self):
         if self.is_on:  # a checkpoint loaded after an epoch brings contiguous optimizer state
@@ -144,6 +158,22 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
                 "which cannot be viewed in that shape. Write `.reshape` there (or `torch.flatten`), "
                 "or train in contiguous format: `learn.to_contiguous()`.",
             )
+
+
+def _ambiguous(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of `model` that lie the same way in both formats, as 1x1 kernels.
+
+    The kernels that make their gradients may choose either format's strides. `DistributedDataParallel` takes the
+    difference for a mistake and warns: `Grad strides do not match bucket view strides`.
+    """
+    params = [param for param in model.parameters() if is_channels_last(param) and param.requires_grad]
+    return [param for param in params if param.is_contiguous()]
+
+
+def _as_in(stride: tuple[int, ...], grad: Tensor) -> Tensor:
+    "`grad` with `stride`, where only dimensions of size 1 differ in it."
+    own = zip(grad.shape, grad.stride(), stride)
+    return grad.as_strided(grad.shape, stride) if all(size == 1 or a == b for size, a, b in own) else grad
 
 
 def add_note(

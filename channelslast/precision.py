@@ -189,8 +189,7 @@ class AutocastState:
 
     @staticmethod
     def _depth() -> int:
-        torch.autocast_increment_nesting()
-        return torch.autocast_decrement_nesting()
+        return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()  # on one line, for interrupts
 
     def restore(self) -> None:
         while self._depth() > self.depth:

@@ -25,7 +25,7 @@ from fastai.vision.data import ImageBlock
 from torch import nn
 from torch.amp import GradScaler
 
-from channelslast import memory_format, precision
+from channelslast import callback, memory_format, precision
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last
 from channelslast.precision import AMPMode, MixedPrecision
@@ -325,6 +325,51 @@ def test_nested_inputs_are_converted(new_learner):
     learn = new_learner(Nested, dls, cbs=ChannelsLast())
     learn.fit(1)
     assert learn.model.formats == [True, True]
+
+
+class ContiguousGradient(torch.autograd.Function):
+    "As some kernels make the gradient of a 1x1 convolution."
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty(grad.shape).copy_(grad)
+
+
+class OneByOne(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+
+    def forward(self, x):
+        return self._conv_forward(x, ContiguousGradient.apply(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_gradients_have_the_strides_of_their_weights_in_distributed_training(new_learner, monkeypatch, n_processes):
+    "Without, PyTorch warns: Grad strides do not match bucket view strides."
+    monkeypatch.setattr(callback, "num_distrib", lambda: n_processes)
+    strides = []
+
+    def model():
+        return nn.Sequential(OneByOne(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    learn = new_learner(model, cbs=ChannelsLast())
+    weight = learn.model[0].weight
+    learn.fit(1, cbs=Callback(after_backward=lambda cb: strides.append(weight.grad.stride())))
+    assert weight.stride() == (3, 1, 3, 3)
+    assert set(strides) == ({(3, 1, 3, 3)} if n_processes > 1 else {(3, 1, 1, 1)})
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Callback(after_pred=interrupt))
+    assert len(weight._backward_hooks or ()) == n_processes - 1
+    learn.fit(1)
+    assert not weight._backward_hooks and learn.channels_last.hooks == []
+
+
+def interrupt(cb):
+    raise KeyboardInterrupt
 
 
 # Models and devices for which there is nothing to do

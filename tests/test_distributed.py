@@ -67,14 +67,14 @@ def test_processes_choose_the_same_format(done):
     first, *others = (result["search"] for result in results(done))
     assert others and all(other == first for other in others)
     assert first["is_unchanged"] and len(first["samples"]) == 2 and "in process 0" in first["error"]
-    assert done.stdout.count("TinyNet (input shape") == 2  # one process prints, for each of the two searches
+    assert done.stdout.count("Sequential (input shape") == 2  # one process prints, for each of the two searches
 
 
 def test_summary_is_that_of_the_model_without_its_wrapper(done):
     for result in results(done):
         summary = result["summary"]
         assert summary["is_unchanged"] and summary["shapes"] == [[8, 3, 8, 8]]
-        assert summary["modules"] == [str(i) for i in range(8)] and summary["share"] > 0.8
+        assert summary["modules"] == [str(i) for i in range(9)] and summary["share"] > 0.8
 
 
 def test_model_trains_in_channels_last_and_is_saved_contiguous(done):

@@ -1,6 +1,5 @@
 "What converting keeps, for tensors, batches, modules and optimizer state that Hypothesis makes up."
 
-import copy
 import os
 from collections import OrderedDict, namedtuple
 from itertools import combinations
@@ -11,7 +10,7 @@ import torch
 from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, assume, example, given, note, settings
 from hypothesis import strategies as st
-from test_memory_format import CHANNELS_LAST, format_an_operator_reads
+from test_memory_format import CHANNELS_LAST, PlainSubclass, WithoutTorchFunction, format_an_operator_reads
 from torch import nn
 
 from channelslast.memory_format import (
@@ -25,7 +24,7 @@ from channelslast.memory_format import (
 
 # `EXAMPLES=5000 pytest tests/test_properties.py` looks further, elsewhere each time
 properties = settings(
-    max_examples=int(os.environ.get("EXAMPLES", 100)),
+    max_examples=int(os.environ.get("EXAMPLES", 150)),
     derandomize="EXAMPLES" not in os.environ,
     database=None,
     deadline=None,
@@ -37,10 +36,6 @@ COMPLEX = [torch.complex64, torch.complex128]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 DIFFERENTIABLE = [*FLOATS, *COMPLEX]
 DTYPES = [*DIFFERENTIABLE, *INTEGERS, torch.bool]
-
-
-class PlainSubclass(torch.Tensor):
-    pass
 
 
 # What Hypothesis makes up
@@ -87,7 +82,7 @@ def tensors(draw, shapes=shapes, dtypes=DTYPES):
     x = draw(strided(draw(shapes), dtype))
     if dtype in DIFFERENTIABLE and draw(st.booleans()):
         x.requires_grad_()
-    cls = draw(st.sampled_from((torch.Tensor, torch.Tensor, TensorImage, PlainSubclass)))
+    cls = draw(st.sampled_from((torch.Tensor, torch.Tensor, TensorImage, PlainSubclass, WithoutTorchFunction)))
     if cls is not torch.Tensor:
         x = x.detach().as_subclass(cls).requires_grad_(x.requires_grad)
         x.note = ["an attribute"]
@@ -154,13 +149,15 @@ def sliced_parameter():
 
 @st.composite
 def modules(draw):
-    "A module of any parameters and buffers, some of them tied and some sharing their memory."
+    "A module of any parameters and buffers, some of them tied and some sharing their memory, in one shape or two."
     params = draw(st.lists(parameters(), min_size=1, max_size=3))
     module = nn.ModuleList([nn.ParameterList(params)])
     if draw(st.booleans()):
         module.append(nn.ParameterList(params[:1]))
     if draw(st.booleans()):
         module.append(nn.ParameterList([nn.Parameter(params[0].data)]))
+    if params[0].ndim and draw(st.booleans()):
+        module.append(nn.ParameterList([nn.Parameter(params[0].data.transpose(0, -1))]))
     module.register_buffer("buffer", draw(strided(draw(shapes_with_a_format), draw(st.sampled_from(DTYPES)))))
     return module
 
@@ -231,6 +228,16 @@ def test_tensor_keeps_everything_but_its_strides(x, channels_last):
     assert torch.equal(bits(x), before) and x.stride() == strides
 
 
+@pytest.mark.xfail(strict=True, reason="a tensor of a subclass keeps them, a plain one loses them")
+@properties
+@given(tensors(shapes_with_a_format), st.booleans())
+@example(torch.ones(2, 3, 4, 4), True)
+def test_plain_tensor_keeps_its_attributes(x, channels_last):
+    x = x.detach().as_subclass(torch.Tensor)
+    x.note = "an attribute"
+    assert to_memory_format(x, channels_last).note == "an attribute"
+
+
 @properties
 @given(tensors(shapes_with_a_format))
 def test_round_trip_of_a_tensor_ends_in_contiguous_strides(x):
@@ -296,6 +303,8 @@ def test_state_becomes_contiguous_and_shares_what_it_shared(state):
 @example(torch.complex(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)), lambda x: x.conj())
 def test_tensors_of_one_memory_in_a_state_are_not_mixed_up(x, other):
     x = [x, other(x)]
+    for old_x in x:
+        vars(old_x).clear()
     for new_x, old_x in zip(state_to_contiguous(x), x):
         assert_converted(new_x, old_x, channels_last=False)
         assert_changed_alone(new_x, old_x)
@@ -328,7 +337,7 @@ def test_module_keeps_everything_but_its_strides(module, channels_last):
     for name, (x, _) in before[0].items():
         assert_converted(x.detach(), state[name], channels_last)
     for one, other in combinations(before[0], 2):
-        if state[one].is_set_to(state[other]):
+        if state[one].numel() > 0 and state[one].is_set_to(state[other]):
             assert before[0][one][0].is_set_to(before[0][other][0]), "no longer the same memory"
     for name, (grad, _) in before[1].items():
         param = before[0][name][0]
@@ -364,7 +373,7 @@ def test_optimizer_state_follows(data):
         names = data.draw(st.sets(st.sampled_from(("a", "b", "c"))))
         state = {name: data.draw(strided(param.shape, data.draw(st.sampled_from(FLOATS)))) for name in names}
         optimizer.state[param] = {**state, "step": 3, "other": data.draw(tensors())}
-    before = copy.copy({param: dict(state) for param, state in optimizer.state.items()})
+    before = {param: dict(state) for param, state in optimizer.state.items()}
     values = [
         (param, x, bits(x), x.dtype, x.stride(), x.data_ptr())
         for param, state in optimizer.state.items()
