@@ -134,12 +134,11 @@ def _map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
     "`tensor` in the format asked for; `tensor` itself where its rank has none or its strides already are."
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.ndim not in CHANNELS_LAST:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.ndim not in CHANNELS_LAST or tensor.numel() == 0:
         return tensor
-    if channels_last:
-        new = tensor.to(memory_format=CHANNELS_LAST[tensor.ndim])
-    else:  # `to` goes by the format that operators read, `contiguous` by strides that are neither
-        new = tensor.to(memory_format=torch.contiguous_format).contiguous()
+    memory_format = CHANNELS_LAST[tensor.ndim] if channels_last else torch.contiguous_format
+    # `to` goes by the format that operators read, `contiguous` by gaps and by strides that are in neither format
+    new = tensor.to(memory_format=memory_format).contiguous(memory_format=memory_format)
     # N111 has one set of strides, of which `to` makes a copy each time
     return tensor if new.stride() == tensor.stride() else _like(new, tensor)
 
@@ -148,17 +147,17 @@ def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Te
     "`_convert`, the same result for tensors that are one and the same piece of memory."
     if tensor.data_ptr() == 0:  # no memory of its own: empty, on the meta device, or a subclass that wraps tensors
         return _convert(tensor, channels_last)
-    key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    memory = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    key = (*memory, type(tensor), tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
     if key not in converted:
         converted[key] = _convert(tensor, channels_last)
-    return converted[key]
+    new = converted[key]
+    return tensor if new.stride() == tensor.stride() else new
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
     "`new` with the tensor subclass and the attributes of `old`."
-    if type(old) in (Tensor, nn.Parameter):
-        return new
-    if type(new) is not type(old):
+    if type(new) is not type(old) and type(old) is not nn.Parameter:
         new = new.as_subclass(type(old))
     for name, value in vars(old).items():
         vars(new).setdefault(name, value)

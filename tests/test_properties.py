@@ -5,7 +5,6 @@ from collections import OrderedDict, namedtuple
 from itertools import combinations
 from types import SimpleNamespace
 
-import pytest
 import torch
 from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, assume, example, given, note, settings
@@ -228,7 +227,6 @@ def test_tensor_keeps_everything_but_its_strides(x, channels_last):
     assert torch.equal(bits(x), before) and x.stride() == strides
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor of a subclass keeps them, a plain one loses them")
 @properties
 @given(tensors(shapes_with_a_format), st.booleans())
 @example(torch.ones(2, 3, 4, 4), True)
@@ -248,7 +246,6 @@ def test_round_trip_of_a_tensor_ends_in_contiguous_strides(x):
         assert back.stride() == canonical_strides(x.shape)
 
 
-@pytest.mark.xfail(strict=True, reason="channels last gives it other strides, contiguous does not give them back")
 @properties
 @given(tensors(st.permutations((0, 1, 2, 3)).map(tuple)))
 @example(torch.empty(2, 3, 4, 0))
@@ -297,7 +294,6 @@ def test_state_becomes_contiguous_and_shares_what_it_shared(state):
     assert state_to_contiguous(new) is new
 
 
-@pytest.mark.xfail(strict=True, reason="the second comes back as the first, with its class, gradient and conjugation")
 @properties
 @given(tensors(shapes_with_a_format), in_the_same_memory)
 @example(torch.complex(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)), lambda x: x.conj())
@@ -355,7 +351,6 @@ def test_module_converted_twice_moves_nothing(module, channels_last):
     assert [(x.data_ptr(), x.stride()) for x in tensors] == before
 
 
-@pytest.mark.xfail(strict=True, reason="stays a slice where it is channels last, whose strides no gradient can have")
 @properties
 @given(parameters(shapes_with_a_format, views=("sliced", "plain")), st.booleans())
 @example(sliced_parameter(), True)
