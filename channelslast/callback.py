@@ -172,8 +172,8 @@ def _ambiguous(model: nn.Module) -> list[nn.Parameter]:
 
 def _as_in(stride: tuple[int, ...], grad: Tensor) -> Tensor:
     "`grad` with `stride`, where only dimensions of size 1 differ in it."
-    own = zip(grad.shape, grad.stride(), stride)
-    return grad.as_strided(grad.shape, stride) if all(size == 1 or a == b for size, a, b in own) else grad
+    differing = {size for size, a, b in zip(grad.shape, grad.stride(), stride) if a != b}
+    return grad.as_strided(grad.shape, stride) if differing == {1} else grad
 
 
 def add_note(

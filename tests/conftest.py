@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam
+from fastai.optimizer import Adam, OptimWrapper
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -102,6 +102,10 @@ class Batches(list):
 
     def to(self, device):
         self.device = device
+
+
+def wrapped_adamw(params, **kwargs):
+    return OptimWrapper(params, torch.optim.AdamW, **kwargs)
 
 
 @pytest.fixture

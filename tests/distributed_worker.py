@@ -1,4 +1,4 @@
-"What each process of tests/test_distributed.py does; it prints one line of JSON."
+"What each process of tests/test_distributed.py does; the first prints the results of all as JSON."
 
 import json
 import os
@@ -110,18 +110,21 @@ def main(device, path):
     if device == "cpu":
         DistributedDL._broadcast = broadcast
     device = torch.device(device) if device == "cpu" else accelerator.device
-    learn = new_learner(device, path)
+    learn = new_learner(device, path).to_channelslast(use_amp=False)
     with learn.distrib_ctx(sync_bn=device.type == "cuda"):
-        result = {"search": search(learn)}
-        learn.to_channelslast(use_amp=False)
-        result |= {"summary": observe(learn), "training": train(learn, path)}
+        result = {"training": train(learn, path), "summary": observe(learn)}
     result["is_unwrapped"] = not isinstance(learn.model, nn.parallel.DistributedDataParallel)
-    print("RESULT", json.dumps(result), flush=True)
-    print("LATE", file=sys.stderr, flush=True)
+    print("LATE", file=sys.stderr, flush=True)  # PyTorch warns once in a process
     late = new_learner(device, path).add_cb(ConvertsTooLate())
     with late.distrib_ctx(sync_bn=False):
         late.fit(1)
-    dist.barrier()
+    learn = new_learner(device, path)
+    with learn.distrib_ctx(sync_bn=device.type == "cuda"):
+        result["search"] = search(learn)
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    if not rank_distrib():
+        print("RESULT", json.dumps(results), flush=True)
     sys.stderr.flush()
 
 

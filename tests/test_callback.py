@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, TinyVideoNet, new_dls
+from conftest import TinyNet, TinyVideoNet, new_dls, wrapped_adamw
 from fastai.callback import channelslast as fastai_channelslast
 from fastai.callback import fp16 as fastai_fp16
 from fastai.callback import schedule  # noqa: F401, for `fine_tune`
@@ -19,7 +19,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.distributed import DistributedTrainer
 from fastai.learner import CastToTensor, Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.optimizer import SGD, Adam, ranger
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from torch import nn
@@ -29,10 +29,6 @@ from channelslast import callback, memory_format, precision
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last
 from channelslast.precision import AMPMode, MixedPrecision
-
-
-def wrapped_adamw(params, **kwargs):
-    return OptimWrapper(params, torch.optim.AdamW, **kwargs)
 
 
 def all_channels_last(tensors):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, TinyVideoNet, new_dls, only_on
+from conftest import TinyNet, TinyVideoNet, new_dls, only_on, wrapped_adamw
 from fastai.callback import schedule  # noqa: F401, for `fit_one_cycle`
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -24,7 +24,7 @@ from fastai.callback.tracker import (
 )
 from fastai.learner import Learner, load_learner, save_model
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.optimizer import Adam, ranger
 from fastai.vision.data import ImageDataLoaders
 from fastcore.basics import noop
 from fastcore.foundation import L
@@ -36,10 +36,6 @@ from torch import nn
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last, state_to_contiguous
 from channelslast.precision import MixedPrecision
-
-
-def wrapped_adamw(params, **kwargs):
-    return OptimWrapper(params, torch.optim.AdamW, **kwargs)
 
 
 def image_net(n_out=3):

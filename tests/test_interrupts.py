@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, wrapped_adamw
 from fastai.callback.core import (
     Callback,
     CancelBackwardException,
@@ -23,7 +23,7 @@ from fastai.callback.core import (
     CancelTrainException,
     CancelValidException,
 )
-from fastai.optimizer import SGD, Adam, OptimWrapper
+from fastai.optimizer import SGD, Adam
 from torch import nn
 
 from channelslast import find
@@ -53,10 +53,6 @@ AFTER_A_STEP = [
 INSIDE = ["data", "forward", "loss", "backward", "step"]
 FORMATS = [TrainFormat(True), TrainFormat(True, "bf16"), TrainFormat(False, "bf16")]
 ERRORS = [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError]
-
-
-def wrapped_adamw(params, **kwargs):
-    return OptimWrapper(params, torch.optim.AdamW, **kwargs)
 
 
 class RaisesAt(Callback):
