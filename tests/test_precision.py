@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import new_dls
+from conftest import in_a_thread, new_dls
 from fastai.callback import fp16 as fastai_fp16
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.data.core import DataLoaders
@@ -480,16 +480,16 @@ def test_interrupt_inside_autocast_itself_leaves_it_as_it_was(bf16_cpu, new_lear
             raise KeyboardInterrupt
         return count_lines
 
-    learn = new_learner(cbs=MixedPrecision("bf16"))
-    before = autocast_state()
-    sys.settrace(trace)
-    try:
+    def interrupt():
+        learn = new_learner(cbs=MixedPrecision("bf16"))
+        before = autocast_state()
+        sys.settrace(trace)
         with pytest.raises(KeyboardInterrupt):
             learn.fit(1)
-    finally:
-        sys.settrace(None)
-    assert autocast_state() == before
-    learn.fit(1)
+        assert autocast_state() == before
+        learn.fit(1)
+
+    in_a_thread(interrupt)
 
 
 # `to_fp16` and its like
