@@ -36,6 +36,7 @@ from channelslast.memory_format import (
     with_wrapped,
 )
 from channelslast.precision import (
+    FIT_GOES_ON,
     AMPMode,
     MixedPrecision,
     PickledByName,
@@ -130,11 +131,14 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
         self.hooks = []
 
     def before_train(self):
-        if self.is_on:  # a checkpoint loaded after an epoch brings contiguous optimizer state
-            _convert_model(self.learn, channels_last=True)
+        self._keep_format()  # a checkpoint loaded after an epoch brings contiguous optimizer state
 
     def before_validate(self):
-        self.before_train()  # a callback may validate another model, as an average of the weights
+        self._keep_format()  # a callback may have put another model in its place, as an average of the weights
+
+    def _keep_format(self):
+        if self.is_on:
+            _convert_model(self.learn, channels_last=True)
 
     def _warn_once(self, message: str):
         if message not in self.told:
@@ -150,7 +154,8 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
             self.before_fit()
 
     def after_exception(self, error: BaseException):
-        drop_gradients(self.learn, error)
+        if not isinstance(error, FIT_GOES_ON):
+            self._remove_hooks()
         if self.is_on and isinstance(error, RuntimeError) and any(words in str(error) for words in _VIEW_ERRORS):
             add_note(
                 error,
@@ -158,6 +163,7 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
                 "which cannot be viewed in that shape. Write `.reshape` there (or `torch.flatten`), "
                 "or train in contiguous format: `learn.to_contiguous()`.",
             )
+        drop_gradients(self.learn, error)
 
 
 def _ambiguous(model: nn.Module) -> list[nn.Parameter]:
@@ -283,6 +289,8 @@ def _set_channels_last(learn: Learner, channels_last: bool) -> None:
     ours = [cb for cb in learn.cbs if isinstance(cb, ChannelsLast)]
     keep = ours[:1] if channels_last else []
     remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, fastai_channelslast.ChannelsLast) and cb not in keep])
+    for cb in ours:
+        cb._remove_hooks()
     if channels_last and not keep:
         learn.add_cb(ChannelsLast())
     if not channels_last:
@@ -363,14 +371,20 @@ _export = Learner.export
 def export(
     self: Learner,
     fname: str | Path = "export.pkl",  # name in `self.path`
+    *args,
     **kwargs,
 ) -> None:
     """Export the content of `self` without the items and the optimizer state for inference, the model contiguous.
 
     The callbacks go with it: a file that needs only fastai is one from after `to_contiguous(to_fp32=True)`.
     """
-    with _contiguous_weights(self.model):
-        _export(self, fname, **kwargs)
+    opt, dls = self.opt, self.dls
+    try:
+        with _contiguous_weights(self.model):
+            _export(self, fname, *args, **kwargs)
+    except BaseException:  # fastai's own takes both away
+        self.opt, self.dls = opt, dls
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cache, partial
 from logging.config import BaseConfigurator
 from numbers import Integral, Real
@@ -171,7 +172,7 @@ def check_scaler_options(
 # The callback
 
 # What may leave a loop over batches while the fit goes on
-_FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
+FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
 
 
 class AutocastState:
@@ -189,7 +190,8 @@ class AutocastState:
 
     @staticmethod
     def _depth() -> int:
-        return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()  # on one line, for interrupts
+        # on one line: an interrupt between two would leave a level behind
+        return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()
 
     def restore(self) -> None:
         while self._depth() > self.depth:
@@ -206,7 +208,7 @@ def drop_gradients(
     error: BaseException,  # that has left the loop over batches
 ) -> None:
     "Zero the gradients of a batch that was never stepped, if `error` ends the fit: the next one would add to them."
-    if learn.training and not isinstance(error, _FIT_GOES_ON):
+    if learn.training and learn.opt is not None and not isinstance(error, FIT_GOES_ON):
         learn.opt.zero_grad()
 
 
@@ -292,6 +294,7 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
         enabled = dtype is torch.float16 and self.kwargs.get("enabled", True)
         self.learn.scaler = GradScaler(device.type, **{**self.kwargs, "enabled": enabled})
         self.scales = L()
+        self.is_update_due = False
 
     def before_batch(self):
         if self.autocast is not None:
@@ -322,15 +325,18 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
         self.entered = []
         self.loss_copy = None
         self._forget_found_inf()
-        drop_gradients(self.learn, error)
-        if self.training and not isinstance(error, (*_FIT_GOES_ON, CancelFitException)):
+        if self.training and not isinstance(error, (*FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None
             for cb in self.learn.cbs:
                 if isinstance(cb, fastai_fp16.MixedPrecision):
                     cb.run = True
+        drop_gradients(self.learn, error)
 
     def before_step(self):
         "Unscale the gradients, and cancel the step if they overflowed; a fused optimizer cancels its own."
+        if self.is_update_due:  # a step that another callback cancelled after this
+            self.after_step()
+        self.is_update_due = True
         if not self._step_supports_amp_scaling:
             return super().before_step()
         self.scaler.unscale_(self)
@@ -340,7 +346,9 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
             raise CancelStepException()
 
     def after_step(self):
-        super().after_step()
+        if self.is_update_due:  # not where another callback cancelled the step before this
+            super().after_step()
+        self.is_update_due = False
         self._forget_found_inf()
 
     @property
@@ -479,7 +487,8 @@ def all_batches(self: Learner):
     try:
         _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
-        for cb in self.cbs:
-            if hasattr(type(cb), "after_exception"):
-                cb.after_exception(error)
+        with ExitStack() as stack:  # all of them, also where one raises
+            for cb in self.cbs:
+                if hasattr(type(cb), "after_exception"):
+                    stack.callback(cb.after_exception, error)
         raise

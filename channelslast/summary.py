@@ -3,6 +3,7 @@
 import html
 import re
 import statistics
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -594,7 +595,9 @@ class _ObservedSteps(Callback):
 
 
 def _first_batch(dl: Any) -> Any:
-    dl = vars(dl).get("dl", dl) if hasattr(dl, "__dict__") else dl  # in distributed training that of this process alone
+    distributed = sys.modules.get("fastai.distributed")  # cannot be imported without Accelerate
+    if distributed and isinstance(dl, distributed.DistributedDL):
+        dl = dl.dl  # that of this process alone
     if hasattr(dl, "one_batch"):
         return dl.one_batch()
     for batch in dl:

@@ -155,13 +155,14 @@ def digits_folder(tmp_path_factory):
 
 
 def tensors_of(model):
-    "Name, object, memory, strides and values of each parameter and buffer, with its gradient."
+    "Name, object, memory, strides, hooks and values of each parameter and buffer, with its gradient."
     return [
         (
             name,
             id(tensor),
             tensor.data_ptr(),
             tensor.stride(),
+            list(tensor._backward_hooks or ()),
             tensor.detach().clone(),
             tensor.requires_grad,
             tensor.grad,

@@ -62,10 +62,12 @@ class ConvertsTooLate(ChannelsLast):
 def search(learn):
     find.BUDGET = 1e-3
     model, loaders, fails = learn.model, list(learn.dls.loaders), Fails()
+    params = list(model.parameters())
     failing = learn.add_cb(fails).format_find([TrainFormat(True)], show_plot=False)
     timings = learn.remove_cb(fails).format_find([TrainFormat(True)], show_plot=False)
     return {
         "is_unchanged": learn.model is model and learn.dls.loaders == loaders,
+        "n_hooks": sum(len(param._backward_hooks or ()) for param in params),
         "error": failing[1].error,
         "samples": [row.samples for row in timings],
         "best": str(timings.best),
@@ -78,6 +80,7 @@ def observe(learn):
     summary = learn.format_summary()
     after = learn.model.state_dict()
     is_unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
+    is_unchanged &= not any(param._backward_hooks for param in learn.model.parameters())
     return {
         "is_unchanged": is_unchanged,
         "modules": sorted({layer.module for layer in summary.layers}),

@@ -359,9 +359,12 @@ def test_gradients_have_the_strides_of_their_weights_in_distributed_training(new
     assert set(strides) == ({(3, 1, 3, 3)} if n_processes > 1 else {(3, 1, 1, 1)})
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Callback(after_pred=interrupt))
-    assert len(weight._backward_hooks or ()) == n_processes - 1
-    learn.fit(1)
     assert not weight._backward_hooks and learn.channels_last.hooks == []
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Callback(after_epoch=interrupt))
+    assert len(weight._backward_hooks or ()) == n_processes - 1
+    learn.to_contiguous()
+    assert not weight._backward_hooks
 
 
 def interrupt(cb):

@@ -258,6 +258,53 @@ def test_interrupted_validation(new, bf16_cpu, where, event):
 
 # fastai's own exceptions
 
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_autocast_is_off_also_where_putting_back_fails(new, bf16_cpu, fmt):
+    def fail():
+        raise RuntimeError("no gradients")
+
+    learn = new().to_format(fmt)
+    learn.create_opt()
+    learn.opt.zero_grad = fail
+    with pytest.raises(RuntimeError, match="no gradients"):
+        learn.fit(1, cbs=RaisesAt("after_pred", KeyboardInterrupt(), 100))
+    assert_autocast_is_off()
+
+
+def test_interrupted_validation_leaves_gradients(new):
+    learn = new().to_format(TrainFormat(True))
+    learn.fit(1)
+    learn.model(torch.randn(2, 3, 8, 8)).sum().backward()
+    grads = [param.grad.clone() for param in learn.model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        learn.validate(cbs=RaisesAt("after_pred", KeyboardInterrupt(), 100))
+    assert all(torch.equal(param.grad, grad) for param, grad in zip(learn.model.parameters(), grads))
+
+
+def test_batches_without_an_optimizer_raise_their_own_error(new):
+    learn = new().to_format(TrainFormat(True))
+    learn.dl, learn.training = learn.dls.train, True
+    learn("before_fit")
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs(RaisesAt("after_pred", KeyboardInterrupt(), 100)):
+        learn.all_batches()
+
+
+@pytest.mark.parametrize("order", [-5, 100])
+@pytest.mark.parametrize("event", ["before_step", "after_step"])
+@pytest.mark.parametrize("error", [CancelStepException, CancelBatchException, CancelTrainException])
+def test_cancelled_step_of_a_scaled_loss(new_learner, fp16_cpu, error, event, order):
+    "On two batches of a tiny network, for float16 is slow here."
+    if error is CancelStepException and event == "after_step":
+        pytest.skip("fastai does not catch it there")
+    learn = new_learner(model_with_dropout).to_format(TrainFormat(True, "fp16"))
+    for dl in (learn.dls.train, learn.dls.valid):
+        del dl[2:]
+    learn.fit(2, cbs=RaisesAt(event, error(), order))
+    assert_sound(learn, TrainFormat(True, "fp16"))
+    learn.fit(1)
+
+
 CANCELS = {
     CancelBatchException: [*BEFORE_A_STEP[3:], "after_step"],
     CancelBackwardException: ["before_backward"],
@@ -349,15 +396,19 @@ def test_interrupt_at_any_line_leaves_the_learner_as_it_was(new, bf16_cpu, quick
             line for line in sorted(all_lines.counts) if not linecache.getline(*line).strip().startswith(unguarded)
         ]
         assert len(lines) > 400
+        n_fired = n_tried = 0
         for line in lines[::every]:
             for n in sorted({1, all_lines.counts[line]}):
-                with suppress(KeyboardInterrupt), InterruptAt(line, n):
+                with suppress(KeyboardInterrupt), InterruptAt(line, n) as interrupt:
                     call(learn)
+                n_fired += interrupt.left <= 0
+                n_tried += 1
                 try:
                     check()
                     assert_autocast_is_off()
                 except AssertionError as error:
                     raise AssertionError(f"interrupted at {line}, time {n}") from error
+        assert n_fired > 0.9 * n_tried  # a search does not take the same steps each time
 
     in_a_thread(try_lines)
 
@@ -368,10 +419,14 @@ def test_interrupt_at_any_line_leaves_the_learner_as_it_was(new, bf16_cpu, quick
 def test_error_at_any_event_of_a_search(new, bf16_cpu, quick_search, assert_unchanged, call, event, error):
     learn = new().to_channelslast(amp_mode="bf16")
     learn.fit(1)
-    learn.add_cb(RaisesAt(event, error("now"), 100, n=3 if call is search else 1))
+    if call is summarise and event == "before_step":
+        pytest.skip("a summary makes no step")
+    raises = RaisesAt(event, error("now"), 100, n=3 if call is search else 1)
+    learn.add_cb(raises)
     check = assert_unchanged(learn)
     with suppress(KeyboardInterrupt, RuntimeError, ValueError):
         call(learn)
+    assert raises.left[0] <= 0
     check()
     learn.remove_cb(RaisesAt)
     assert_sound(learn, TrainFormat(True, "bf16"))
@@ -384,9 +439,11 @@ def test_error_at_any_event_of_a_search(new, bf16_cpu, quick_search, assert_unch
 def test_error_inside_a_step_of_a_search(new, bf16_cpu, quick_search, assert_unchanged, call, where, error):
     learn = new().to_channelslast(amp_mode="bf16")
     learn.fit(1)
+    if call is summarise and where == "step":
+        pytest.skip("a summary makes no step")
     undo = raise_inside(learn, where, error("now"))
     check = assert_unchanged(learn)
-    with suppress(KeyboardInterrupt, RuntimeError):
+    with pytest.raises((error, RuntimeError), match="now"):
         call(learn)
     check()
     undo()
