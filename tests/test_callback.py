@@ -5,6 +5,7 @@ import inspect
 import pickle
 import traceback
 import warnings
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -86,6 +87,12 @@ def test_train_format_reads_well_and_gives_its_code(fmt, text, learn):
     assert str(fmt) == text
     assert eval(fmt.code.removeprefix("learn.to_format(").removesuffix(")")) == fmt
     assert fmt.code.startswith("learn.to_format(TrainFormat(")
+
+
+def test_train_format_is_a_value():
+    assert len({TrainFormat(True), TrainFormat(True), TrainFormat()}) == 2
+    with pytest.raises(FrozenInstanceError):
+        TrainFormat().channels_last = True
 
 
 def test_train_format_takes_an_amp_mode_as_fastai_names_it():
@@ -822,6 +829,29 @@ def test_note_is_a_warning_where_exceptions_take_none():
 
 
 # What leaves the Learner
+
+
+class UsersChannelsLast(ChannelsLast):
+    pass
+
+
+@pytest.mark.parametrize("cls", [ChannelsLast, MixedPrecision, UsersChannelsLast])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_callback_comes_back_from_a_pickle_with_its_class_and_attributes(cls, protocol):
+    cb = cls()
+    cb.told.add("a warning")
+    pickled = pickle.dumps(cb, protocol)
+    loaded = pickle.loads(pickled)
+    assert type(loaded) is cls and all(vars(loaded)[name] == value for name, value in vars(cb).items())
+    assert (b"resolve" in pickled) is (cls is not UsersChannelsLast)  # found by its name, see `PickledByName`
+
+
+def test_conversion_before_a_fit_is_made_once(learn, monkeypatch):
+    calls = []
+    real = ChannelsLast.before_fit
+    monkeypatch.setattr(ChannelsLast, "before_fit", lambda self: calls.append(1) or real(self))
+    learn.to_channelslast(use_amp=False).fit(1)
+    assert len(calls) == 1
 
 
 def test_callbacks_pickle(bf16_cpu, learn):

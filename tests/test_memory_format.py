@@ -310,6 +310,16 @@ def test_meta_and_lazy_parameters_are_taken():
     assert conv_ndims(lazy) == {4} and module_ndims(lazy) == set()
 
 
+def test_ranks_of_convolutions_that_have_no_shape_yet():
+    for conv, ndim in (
+        (nn.LazyConv2d, 4),
+        (nn.LazyConvTranspose2d, 4),
+        (nn.LazyConv3d, 5),
+        (nn.LazyConvTranspose3d, 5),
+    ):
+        assert conv_ndims(nn.Sequential(conv(4, 3))) == {ndim}
+
+
 def test_ranks_of_a_module():
     class Custom(nn.Module):
         def __init__(self):

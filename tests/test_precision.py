@@ -85,9 +85,28 @@ def test_cpu_features_are_known_without_pytorch_telling(unknown_devices, monkeyp
     assert accelerated_dtypes("cpu") == told
 
 
+def test_cpu_features_of_another_system_than_linux_are_none(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for system in ("Darwin", "Windows"):
+        monkeypatch.setattr(precision.platform, "system", lambda system=system: system)
+        assert precision._cpu_features() == set()
+
+
+def test_cpu_features_are_those_that_pytorch_says_it_has(monkeypatch):
+    features = {"avx2": True, "amx_bf16": False, "cache_size": 32}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert precision._cpu_features() == {"avx2"}
+
+
 @pytest.mark.parametrize(
     "capability, expected",
-    [((9, 0), (torch.float16, torch.bfloat16)), ((7, 5), (torch.float16,)), ((6, 1), ())],
+    [
+        ((9, 0), (torch.float16, torch.bfloat16)),
+        ((8, 0), (torch.float16, torch.bfloat16)),
+        ((7, 5), (torch.float16,)),
+        ((7, 0), (torch.float16,)),
+        ((6, 1), ()),
+    ],
     ids=str,
 )
 def test_gpu_accelerates_by_compute_capability(unknown_devices, monkeypatch, capability, expected):
@@ -172,11 +191,16 @@ def test_unknown_option_is_a_type_error_that_lists_the_options():
     [
         {"init_scale": 0},
         {"init_scale": "big"},
+        {"init_scale": -1.0},
         {"growth_factor": 1.0},
+        {"growth_factor": 0.5},
         {"backoff_factor": 1.0},
+        {"backoff_factor": 1.5},
         {"backoff_factor": 0},
+        {"backoff_factor": -0.5},
         {"growth_interval": 2.5},
         {"growth_interval": 0},
+        {"growth_interval": -1},
         {"enabled": 1},
     ],
     ids=str,
@@ -185,6 +209,15 @@ def test_illegal_value_of_an_option_is_a_value_error(option):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name}={value!r} is not legal.*pass"):
         MixedPrecision(**option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"init_scale": 0.5}, {"growth_factor": 1.5}, {"growth_interval": 1}, {"backoff_factor": 0.9}, {"enabled": False}],
+    ids=str,
+)
+def test_legal_value_of_an_option_is_taken(option):
+    assert MixedPrecision(**option).kwargs == option
 
 
 def test_options_are_those_of_pytorch():
@@ -203,6 +236,32 @@ def test_options_without_effect_warn():
 def test_options_that_the_device_makes_void_warn(bf16_cpu, new_learner):
     with pytest.warns(UserWarning, match=r"bfloat16 instead; without effect there: init_scale"):
         new_learner().to_fp16(init_scale=8.0)
+
+
+def test_options_that_have_an_effect_do_not_warn(fp16_cpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MixedPrecision(enabled=False)
+        assert MixedPrecision(init_scale=8.0).dtype_on("cpu") is torch.float16
+    with pytest.warns(UserWarning, match="^backoff_factor, init_scale: without effect"):
+        MixedPrecision(enabled=False, backoff_factor=0.9, init_scale=8.0)
+
+
+def test_autocast_is_put_back_with_dtype_and_cache():
+    state = precision.AutocastState("cpu")
+    with in_autocasts_of(torch.float16, cache_enabled=False):
+        inner = precision.AutocastState("cpu")
+        with in_autocasts_of(torch.bfloat16, cache_enabled=True):
+            inner.restore()
+            assert torch.get_autocast_dtype("cpu") is torch.float16 and torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
+            assert torch.autocast_increment_nesting() == 2 and torch.autocast_decrement_nesting() == 1
+            torch.autocast_increment_nesting()  # for the context that `restore` has left
+    assert precision.AutocastState("cpu").dtype is state.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def in_autocasts_of(dtype, cache_enabled):
+    return torch.autocast("cpu", dtype, cache_enabled=cache_enabled)
 
 
 def test_help_shows_every_option():
