@@ -136,7 +136,8 @@ def test_optimizer_state_loaded_between_epochs_follows(new_learner, opt_func, tm
     learn = new_learner(opt_func=opt_func, path=tmp_path).to_channelslast(use_amp=False)
     learn.fit(1)
     learn.save("mid")
-    learn.fit(2, cbs=Callback(after_epoch=lambda cb: cb.epoch == 0 and cb.learn.load("mid")))
+    load = Callback(after_epoch=lambda cb: cb.epoch == 0 and cb.learn.load("mid"))
+    learn.fit(2, cbs=[load, Callback(after_backward=lambda cb: assert_format(cb.learn, True))])
     assert_format(learn, True)
 
 
@@ -350,28 +351,40 @@ class OneByOne(nn.Conv2d):
         return self._conv_forward(x, ContiguousGradient.apply(self.weight), self.bias)
 
 
-@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("n_processes", [0, 1, 2])  # 0: fastai's number where nothing is distributed
 def test_gradients_have_the_strides_of_their_weights_in_distributed_training(new_learner, monkeypatch, n_processes):
     "Without, PyTorch warns: Grad strides do not match bucket view strides."
     monkeypatch.setattr(callback, "num_distrib", lambda: n_processes)
     strides = []
 
     def model():
-        return nn.Sequential(OneByOne(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        return nn.Sequential(OneByOne(), frozen, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     learn = new_learner(model, cbs=ChannelsLast())
     weight = learn.model[0].weight
     learn.fit(1, cbs=Callback(after_backward=lambda cb: strides.append(weight.grad.stride())))
     assert weight.stride() == (3, 1, 3, 3)
     assert set(strides) == ({(3, 1, 3, 3)} if n_processes > 1 else {(3, 1, 1, 1)})
+    assert not weight._backward_hooks
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Callback(after_pred=interrupt))
     assert not weight._backward_hooks and learn.channels_last.hooks == []
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Callback(after_epoch=interrupt))
-    assert len(weight._backward_hooks or ()) == n_processes - 1
+    assert len(weight._backward_hooks or ()) == (n_processes > 1)
+    learn.fit(1)
+    assert not weight._backward_hooks
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Callback(after_epoch=interrupt))
     learn.to_contiguous()
     assert not weight._backward_hooks
+
+
+def test_gradient_that_lies_otherwise_in_memory_stays():
+    grad = torch.randn(4, 3, 2, 1)
+    stride = grad.to(memory_format=torch.channels_last).stride()
+    assert callback._as_in(stride, grad) is grad and callback._as_in(grad.stride(), grad) is grad
 
 
 def interrupt(cb):

@@ -516,6 +516,17 @@ def test_exporting_does_not_disturb_the_learner(trained, opt_func):
     assert_same_state(plain, exported)
 
 
+def test_export_that_fails_leaves_the_learner_as_it_was(new_learner, tmp_path):
+    learn = new_learner(path=tmp_path).to_channelslast(use_amp=False)
+    learn.fit(1)
+    learn.dls.new_empty = lambda: "empty"
+    opt, dls, weights = learn.opt, learn.dls, [param.data_ptr() for param in learn.model.parameters()]
+    with pytest.raises(AttributeError):
+        learn.export("never.pkl", "no pickle module")
+    assert learn.opt is opt and learn.dls is dls
+    assert [param.data_ptr() for param in learn.model.parameters()] == weights
+
+
 def test_exported_file_holds_contiguous_tensors(digits_learner):
     digits_learner.export()
     in_file = torch.load(digits_learner.path / "export.pkl", weights_only=False)
