@@ -190,7 +190,7 @@ def interrupt(learn, error, **kwargs):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("event, order", product([*BEFORE_A_STEP, *AFTER_A_STEP], (-5, 100)))
+@pytest.mark.parametrize("event, order", list(product([*BEFORE_A_STEP, *AFTER_A_STEP], (-5, 100))))
 def test_error_at_any_event(new, bf16_cpu, fmt, error, event, order):
     learn = new().to_format(fmt)
     before = state_of(learn)[0]
