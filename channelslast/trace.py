@@ -36,6 +36,7 @@ _NEW = {
 }
 _GROUPS = 8  # position among the arguments of `aten.convolution`
 _HALF = (torch.float16, torch.bfloat16)
+_MARK = "channelslast_view"  # attribute of an exception of `.view`
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,6 @@ class FormatTracer(TorchDispatchMode):
         self.padded_convs: dict[str, tuple[int, int]] = {}  # channels in and out
         self.dense_gradients: dict[str, None] = {}  # modules that write out an expanded gradient, in contiguous format
         self.error: tuple[str, str, str] | None = None  # module, operator and message of the last `.view` that raised
-        self._error_id = 0
         self._events: dict[tuple, list[int]] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
@@ -148,7 +148,7 @@ class FormatTracer(TorchDispatchMode):
         error: BaseException,
     ) -> bool:
         "Whether `error` is that of `self.error`."
-        return self.error is not None and self._error_id == id(error)
+        return self.error is not None and getattr(error, _MARK, None) is self.error
 
     # Who is running
 
@@ -354,7 +354,8 @@ class FormatTracer(TorchDispatchMode):
         except RuntimeError as error:
             if VIEW_ERROR in str(error):
                 self.error = self._where[0], str(func.overloadpacket), str(error)
-                self._error_id = id(error)
+                # On the exception itself: holding it would hold its frames, and its id goes to the next one
+                setattr(error, _MARK, self.error)
             raise
         if _images_in(result):
             self._look_at(func, args, kwargs, result)

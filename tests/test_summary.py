@@ -1,6 +1,8 @@
 "`format_summary` of a model and of a Learner: what it says, how it shows it, and that it leaves no trace."
 
+import gc
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -575,6 +577,50 @@ def test_other_error_after_a_view_that_the_model_catches_is_raised(images):
 
     with pytest.raises(RuntimeError, match="mine"):
         format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries())), images)
+
+
+@pytest.mark.parametrize("learner", [False, True])
+def test_error_after_a_view_that_the_model_replaced_is_its_own(images, new_learner, learner):
+    class Tries(nn.Module):
+        def forward(self, x):
+            try:
+                x = x.view(len(x), -1)
+            except RuntimeError:
+                x = x.reshape(len(x), -1)
+            raise RuntimeError("mine")  # where the exception of `.view` lay, as often as not
+
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries()))
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="mine"):
+            if learner:
+                new_learner(model).to_channelslast(use_amp=False).format_summary()
+            else:
+                format_summary(model, images)
+
+
+def test_exception_of_a_caught_view_lives_no_longer_than_without(images):
+    class Held:
+        pass
+
+    alive = []
+
+    class Tries(nn.Module):
+        def forward(self, x):
+            held = Held()
+            alive.append(weakref.ref(held))
+            try:
+                return x.view(len(x), -1)
+            except RuntimeError:
+                return x.reshape(len(x), -1)
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            gc.collect()
+            alive.append(alive[0]())
+            return x * 1
+
+    format_summary(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Tries(), Looks())), images)
+    assert alive[1] is None
 
 
 # Bad input
