@@ -1,6 +1,6 @@
 "Watch every operator of a training step, and what it does to the memory format. PyTorch only."
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -90,7 +92,7 @@ class LayerFormat:
             self.loses_in = (*self.loses_in, phase)
 
 
-class FormatTracer(TorchDispatchMode):
+class FormatTracer:
     """Record what each operator of `model` does to the memory format, while active as a context manager.
 
     An operator of the forward pass belongs to the innermost module that is running. In the backward pass it belongs to
@@ -99,13 +101,14 @@ class FormatTracer(TorchDispatchMode):
 
     Formats go by strides. Tensors that are in both formats at once (one channel, 1x1 pixels, nothing in them) or
     expanded (stride 0) count as neither.
+
+    Higher-order operators, as `torch.cond`, are seen through: the functions that they call are code like any other.
     """
 
     def __init__(
         self,
         model: nn.Module,
     ):
-        super().__init__()
         self.model = model
         self.layers: dict[str, LayerFormat] = {}
         self.padded_convs: dict[str, tuple[int, int]] = {}  # channels in and out
@@ -125,6 +128,8 @@ class FormatTracer(TorchDispatchMode):
         self._is_backward = ModuleTracker()
         self._ops: dict[tuple[str, str], str] = {}  # the last operator that wrote a tensor
         self._last_copy: _Copy | None = None
+        self._mode = _Operators(self._run)
+        self._higher_order = _HigherOrder(self._mode)
         self._handles: list[Any] = []
 
     # Results
@@ -165,7 +170,9 @@ class FormatTracer(TorchDispatchMode):
         except BaseException:
             self._remove_hooks()
             raise
-        return super().__enter__()
+        self._higher_order.__enter__()
+        self._mode.__enter__()
+        return self
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -188,7 +195,8 @@ class FormatTracer(TorchDispatchMode):
         for held in (self._known, self._owners, self._stretches, self._calls):
             held.clear()
         self._running_backward = self._last_copy = None
-        return super().__exit__(*exception)
+        self._mode.__exit__(*exception)
+        self._higher_order.__exit__(*exception)
 
     @property
     def _where(self) -> tuple[str, str]:
@@ -346,8 +354,7 @@ class FormatTracer(TorchDispatchMode):
 
     # One operator
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         last_copy, self._last_copy = self._last_copy, None
         try:
             result = func(*args, **kwargs)
@@ -475,6 +482,74 @@ class FormatTracer(TorchDispatchMode):
 def _is_opaque(module: nn.Module) -> bool:
     "Whether the modules inside run as code of the module around them: a script takes no hooks, a weight is no image."
     return isinstance(module, (torch.jit.ScriptModule, ParametrizationList))
+
+
+def _is_higher_order(func: Any) -> bool:
+    return getattr(func, "namespace", None) == "higher_order"
+
+
+class _Operators(TorchDispatchMode):
+    "Runs each operator by `run`."
+
+    # Those that nobody sees through (there is no plain code, or a mode of the model's own lies on top) run as they are.
+    # (The attribute counts from PyTorch 2.9 on.)
+    supports_higher_order_operators = True
+
+    def __init__(self, run: Callable[[Any, tuple, dict], Any]):
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _is_higher_order(func):
+            return func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})
+
+
+class _HigherOrder(TorchFunctionMode):
+    """Run higher-order operators as the plain code that they stand for, below a mode that watches its operators.
+
+    `torch.cond` calls one of its functions, `while_loop` one again and again, in code that PyTorch has for where there
+    is neither a compiler nor a mode. With autograd on it gives the gradients of a plain step. What PyTorch does instead
+    under a mode, it traces those functions with fake tensors, which fails where they use a module's weights.
+    """
+
+    def __init__(self, watching: TorchDispatchMode):
+        super().__init__()
+        self.watching = watching
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        plain = _plain_code(func) if _is_higher_order(func) and self._is_innermost() else None
+        if plain is None:
+            return func(*args, **kwargs)
+        args = [self._watched(arg) for arg in args]
+        kwargs = {name: self._watched(arg) for name, arg in kwargs.items()}
+        self.watching.__exit__(None, None, None)  # the plain code refuses to run below a mode
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self.watching.__enter__()
+
+    def _is_innermost(self) -> bool:
+        "Whether no mode of the model's own lies on top. It would be taken off in the place of ours."
+        innermost = getattr(_python_dispatch, "_get_current_dispatch_mode", lambda: self.watching)
+        return innermost() is self.watching
+
+    def _watched(self, arg: Any) -> Any:
+        if not callable(arg) or isinstance(arg, Tensor):
+            return arg
+
+        def call(*args, **kwargs):
+            with self, self.watching:
+                return arg(*args, **kwargs)
+
+        return call
+
+
+def _plain_code(higher_order: Any) -> Callable[..., Any] | None:
+    "What PyTorch calls for the operator in the end, where it calls Python."
+    kernels = getattr(higher_order, "py_kernels", {})
+    return next((kernel for key, kernel in kernels.items() if key.name == "CompositeExplicitAutograd"), None)
 
 
 class _CastsOutside:

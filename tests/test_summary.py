@@ -350,6 +350,25 @@ def test_compiled_learner_is_traced_as_it_is_written(new_learner):
     assert learn.train_format.compile == "default"
 
 
+class Chooses(nn.Module):
+    "Calls one of two modules, by PyTorch's operator for it."
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.Sequential(nn.InstanceNorm2d(3), nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return torch.cond(x.sum() < torch.inf, self.norm, self.conv, (x,))
+
+
+def test_branches_of_cond_are_seen_through(images, new_learner):
+    model = module_to_memory_format(Chooses())
+    model(images).sum().backward()  # it runs by itself
+    assert [layer.module for layer in format_summary(model, images).losers] == ["norm.0"]
+    learn = new_learner(nn.Sequential(nn.Conv2d(3, 3, 1), model, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    assert [layer.module for layer in learn.to_channelslast(use_amp=False).format_summary().losers] == ["1.norm.0"]
+
+
 def test_module_in_the_mode_it_is_in(images):
     model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval()
     mean = model[1].running_mean.clone()
