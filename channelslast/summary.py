@@ -134,7 +134,8 @@ class FormatSummary:
     events: list[FormatEvent]  # where the format was lost or changed, in the order of execution
     layers: list[LayerFormat]  # the modules that wrote images, in the order of execution
     channels_last_share: float  # by bytes, of 4D and 5D activations and gradients; nan where there were none
-    padded_convs: dict[str, tuple[int, int]]  # name: channels in and out of half precision convolutions off 8
+    padded_convs: dict[str, tuple[int, int]]  # name: channels in and out of half precision convolutions off 8, where
+    # that is not because of the channels of the model's own inputs
     dense_gradients: list[str]  # modules that write an expanded gradient out, in contiguous format
     gpu: GpuShares | None  # None without `profile`
     error: str | None  # what stopped the step: `.view` on channels last activations
@@ -270,11 +271,11 @@ class FormatSummary:
 
     def _notes(self) -> list[str]:
         lines = [f"Hint: {hint}." for hint in self.hints]
-        if self.padded_convs:
+        if self.padded_convs and self.device.startswith("cuda"):  # cuDNN's
             named = [f"{_name(name)} ({c_in} to {c_out})" for name, (c_in, c_out) in self.padded_convs.items()]
             more = f", and {len(named) - 8} more" if len(named) > 8 else ""
             lines.append(
-                f"Channels not a multiple of 8, which on a GPU cuDNN pads on every call in half precision: "
+                f"Channels not a multiple of 8, which cuDNN pads on every call in half precision: "
                 f"{', '.join(named[:8])}{more}."
             )
         if self.gpu:

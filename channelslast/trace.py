@@ -111,7 +111,7 @@ class FormatTracer:
     ):
         self.model = model
         self.layers: dict[str, LayerFormat] = {}
-        self.padded_convs: dict[str, tuple[int, int]] = {}  # channels in and out
+        self.padded_convs: dict[str, tuple[int, int]] = {}  # channels in and out, in half precision, off multiples of 8
         self.dense_gradients: dict[str, None] = {}  # modules that write out an expanded gradient, in contiguous format
         self.error: tuple[str, str, str] | None = None  # module, operator and message of the last `.view` that raised
         self._events: dict[tuple, list[int]] = {}
@@ -119,6 +119,7 @@ class FormatTracer:
         self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
         self._param_shapes = {param.shape for param in model.parameters() if param.ndim in CHANNELS_LAST}
         self._images: set[torch.Size] = set()
+        self._input_channels: set[int] = set()  # of the images that the model is called with
         self._known: dict[tuple[Node, int], _Image] = {}  # what modules took and handed on, by its edge of the graph
         self._owners: dict[Node, _Stretch | None] = {}
         self._stretches: list[_Stretch] = []
@@ -220,6 +221,7 @@ class FormatTracer:
         else:
             self._own_nodes((args, kwargs), None)
             self._images.update(tensor.shape for tensor in images)
+            self._input_channels.update(tensor.size(1) for tensor in images)
         call = _Call(self._names[id(module)], self._remember(images), len(self._lost))
         self._calls.append(call)
 
@@ -438,9 +440,10 @@ class FormatTracer:
         self._images.add(written.shape)
         self._count(where, op, operands, written)
         if is_forward and data.dtype in _HALF and args[_GROUPS] == 1 and where[0] != OUTSIDE:
-            channels = data.size(1), written.size(1)
-            if any(number % 8 for number in channels):
-                self.padded_convs.setdefault(where[0], channels)
+            c_in, c_out = data.size(1), written.size(1)
+            # nobody chooses the channels of the images themselves, as the 3 of RGB
+            if c_out % 8 or (c_in % 8 and c_in not in self._input_channels):
+                self.padded_convs.setdefault(where[0], (c_in, c_out))
 
     def _add_event(self, where: tuple[str, str], op: str, kind: str, tensor: Tensor) -> None:
         name, phase = where

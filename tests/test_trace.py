@@ -795,8 +795,15 @@ def test_channels_that_are_padded_in_half_precision_are_named(dtype):
     )
     with torch.autocast("cpu", dtype):
         tracer = trace(model, images(1, 3, 4, 4))
-    assert tracer.padded_convs == {"0": (3, 8), "2": (16, 12)}
+    assert tracer.padded_convs == {"2": (16, 12)}  # the 3 are those of the images
     assert trace(model, images(1, 3, 4, 4)).padded_convs == {}
+
+
+@pytest.mark.parametrize("c_in, c_out, is_named", [(1, 8, False), (4, 8, False), (3, 12, True)])
+def test_channels_of_the_models_own_images_are_no_choice(c_in, c_out, is_named):
+    with torch.autocast("cpu", torch.bfloat16):
+        tracer = trace(nn.Sequential(nn.Conv2d(c_in, c_out, 3)), images(1, c_in, 4, 4))
+    assert ("0" in tracer.padded_convs) == is_named
 
 
 # Failures
