@@ -160,7 +160,14 @@ class FormatTracer:
 
     def __enter__(self):
         inside = {id(child) for module in self.model.modules() if _is_opaque(module) for child in module.modules()}
-        before, after = self._enter_module, self._leave_module
+
+        # Functions, for a copy of a module has its hooks too: it shares them, where it would copy a method's object
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._enter_module(module, args, kwargs)
+
+        def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self._leave_module(module, output)
+
         if torch.__version__ < "2.6":
             self._handles.append(_CastsOutside())
         try:
@@ -214,6 +221,9 @@ class FormatTracer:
         return self._running_backward if self._is_backward.is_bw else None
 
     def _enter_module(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        name = self._names.get(id(module))
+        if name is None:  # a copy is code of the module that makes it
+            return
         images = _images_in((args, kwargs))
         if self._calls:
             self._end_stretch(self._calls[-1], (args, kwargs), images)
@@ -222,12 +232,14 @@ class FormatTracer:
             self._own_nodes((args, kwargs), None)
             self._images.update(tensor.shape for tensor in images)
             self._input_channels.update(tensor.size(1) for tensor in images)
-        call = _Call(self._names[id(module)], self._remember(images), len(self._lost))
-        self._calls.append(call)
+        self._calls.append(_Call(name, self._remember(images), len(self._lost)))
 
-    def _leave_module(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self._calls:  # a hook of the caller's raised before ours
+    def _leave_module(self, module: nn.Module, output: Any) -> None:
+        name = self._names.get(id(module))
+        if name not in [call.name for call in self._calls]:  # a copy, or a hook of the caller's raised before ours
             return
+        while self._calls[-1].name != name:  # ended by what is no `Exception`, after which no hook runs
+            self._calls.pop()
         call = self._calls[-1]
         images = _images_in(output)
         self._end_stretch(call, output, images, is_last=True)

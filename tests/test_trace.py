@@ -1,5 +1,6 @@
 "What the tracer says of single operators and small models, against the strides that they really return."
 
+import copy
 import weakref
 from dataclasses import dataclass
 
@@ -880,3 +881,40 @@ def test_exception_that_the_model_catches_is_no_confusion():
                 return x.softmax(1)
 
     assert losers(trace(nn.Sequential(Tries()), images(2, 3, 8, 8))) == {"0": ("forward", "backward")}
+
+
+def test_what_is_no_exception_and_the_model_catches_is_no_confusion():
+    class Stop(BaseException):
+        pass
+
+    def fails(x):
+        raise Stop
+
+    conv, inner, last = nn.Conv2d(3, 8, 1), Op(fails), nn.Conv2d(8, 8, 1)
+
+    def forward(x):
+        x = conv(x)
+        try:
+            return last(inner(x))
+        except Stop:
+            return x.softmax(1)
+
+    tracer = trace(nn.Sequential(Op(forward, conv=conv, inner=inner, last=last)), images(2, 3, 8, 8))
+    assert losers(tracer) == {"0": ("forward", "backward")}
+    assert {(event.module, event.phase) for event in events(tracer, kind="hidden")} == {("0.conv", "backward")}
+
+
+@pytest.mark.parametrize("make, loser", [(copy.copy, "0.norm.0"), (copy.deepcopy, "0")])
+def test_copy_of_a_module_is_code_of_the_one_that_makes_it(make, loser):
+    conv, norm = nn.Conv2d(3, 8, 1), nn.Sequential(nn.InstanceNorm2d(8))
+    copies = []
+
+    def forward(x):
+        copies.append(make(norm))
+        return copies[-1](conv(x))
+
+    tracer = trace(nn.Sequential(Op(forward, conv=conv, norm=norm), nn.Conv2d(8, 8, 1)), images(2, 3, 8, 8))
+    assert losers(tracer) == {loser: ("forward", "backward")}  # a shallow copy holds the children themselves
+    seen = tracer.events
+    copies[0](images(2, 8, 8, 8))  # with the hooks that a copy keeps
+    assert tracer.events == seen
