@@ -142,7 +142,7 @@ class FormatSummary:
     model: str  # class of the model
     device: str
     dtype: str  # 'fp32', or that of autocast
-    shapes: list[tuple[int, ...]]  # of the model's inputs
+    shapes: list[tuple[int, ...]]  # of the model's inputs, but for nested tensors, which have none
     unconverted: str | None  # 'inputs' or 'weights' where these alone are contiguous
 
     @property
@@ -375,7 +375,7 @@ class _Observer:
         if self.step == 0:
             tensors = tensors_in(inputs)
             self.model = model
-            self.shapes = [tuple(tensor.shape) for tensor in tensors]
+            self.shapes = [tuple(tensor.shape) for tensor in tensors if not tensor.is_nested]
             self.unconverted = _unconverted(model, tensors)
             self.device = _device(model, tensors)
             autocast = torch.is_autocast_enabled(self.device.type)

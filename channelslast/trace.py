@@ -395,7 +395,7 @@ class FormatTracer:
         if name in _NEW:
             return
         memory = {_memory(tensor) for tensor in tensors_in((args, kwargs))}
-        for tensor in _images_in(result):
+        for tensor in filter(_has_memory, _images_in(result)):
             in_place = any(tensor is operand for operand in operands)
             if in_place or _memory(tensor) not in memory:
                 self._look_at_result(func, name, operands, tensor, in_place)
@@ -640,39 +640,48 @@ def tensors_in(
     values: Any,  # a tensor, or tuples, lists, dicts and dataclasses of tensors, nested in any way
 ) -> list[Tensor]:
     "The tensors in `values`, in their order."
-    return list(_iter_tensors(values))
+    return list(_iter_tensors(values, ()))
 
 
-def _iter_tensors(values: Any) -> Iterator[Tensor]:
+def _iter_tensors(values: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _iter_tensors(value)
+        return
+    if isinstance(values, (tuple, list)):
+        inside = values
     elif isinstance(values, Mapping):
-        yield from _iter_tensors(list(values.values()))
+        inside = values.values()
     elif is_dataclass(values) and not isinstance(values, type):
-        yield from _iter_tensors([getattr(values, each.name) for each in fields(values)])
+        inside = [getattr(values, each.name) for each in fields(values)]
+    else:
+        return
+    if id(values) not in around:  # else it holds itself, as a node of a tree may by way of its children
+        for value in inside:
+            yield from _iter_tensors(value, (*around, id(values)))
 
 
 def _images_in(values: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST]
+    return [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST and not tensor.is_nested]
 
 
 def layout(
     tensor: Tensor,
 ) -> str | None:
     "'last' or 'first', after where the strides put the channels; None for what is both at once, or expanded."
-    if tensor.ndim not in CHANNELS_LAST or tensor.layout != torch.strided or tensor.is_nested:
+    if tensor.ndim not in CHANNELS_LAST or tensor.is_nested or tensor.layout != torch.strided:
         return None
     sizes, strides = tensor.shape, tensor.stride()
     if tensor.numel() == 0 or sizes[1] == 1 or max(sizes[2:]) == 1:
         return None
     if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
         return None
-    # The stride of a batch of one says nothing
-    is_last = tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.ndim]) or is_channels_last(tensor)
-    return "last" if is_last else "first"
+    try:
+        is_dense = tensor.is_contiguous(
+            memory_format=CHANNELS_LAST[tensor.ndim]
+        )  # whatever the stride of a batch of one
+    except RuntimeError:  # inside `torch.vmap`, where PyTorch does not tell
+        return None
+    return "last" if is_dense or is_channels_last(tensor) else "first"
 
 
 def _alike(shape: torch.Size, others: Iterable[torch.Size], reshaped: bool = False) -> bool:
@@ -687,8 +696,13 @@ def _alike(shape: torch.Size, others: Iterable[torch.Size], reshaped: bool = Fal
     return False
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    "Whether its values lie where its strides say: not those of a sparse tensor, or of one that wraps others."
+    return tensor.layout == torch.strided and tensor.data_ptr() != 0
+
+
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -378,6 +378,12 @@ def test_module_in_the_mode_it_is_in(images):
     assert torch.equal(model[1].running_mean, mean) and not model.training
 
 
+def test_nested_inputs_have_no_shape_to_tell():
+    rows = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    summary = format_summary(nn.Linear(4, 4), rows, loss_func=lambda y: y.values().sum())
+    assert summary.shapes == []
+
+
 def test_loss_func_of_the_caller(images):
     summary = format_summary(module_to_memory_format(clean_model()), images, loss_func=lambda y: y.square().mean())
     assert summary.events == []

@@ -577,6 +577,14 @@ def test_tensors_in_what_modules_take_and_return():
     ]
 
 
+def test_tensors_in_what_holds_itself():
+    inner = torch.ones(1)
+    pair = [inner, inner]
+    pair.append(pair)
+    assert len(tensors_in(pair)) == 2
+    assert len(tensors_in([pair, pair])) == 4
+
+
 def test_operators_of_parallel_branches_belong_to_their_own():
     class Branches(nn.Module):
         def __init__(self):
@@ -655,6 +663,72 @@ def test_inputs_that_need_gradients_have_theirs():
     tracer = trace(nn.Sequential(nn.Softmax(1)), x)
     assert losers(tracer) == {"0": ("forward", "backward")}
     assert x.grad is not None
+
+
+# Tensors that are no plain ones
+
+
+class Wraps(torch.Tensor):
+    "A tensor that has no memory of its own, as those of quantized and distributed training."
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [arg.inner if isinstance(arg, Wraps) else arg for arg in args]
+        result = func(*args, **(kwargs or {}))
+        return Wraps(result) if isinstance(result, torch.Tensor) else result
+
+
+def test_tensors_that_wrap_others_are_no_images():
+    wraps = Op(lambda x: Wraps(x.detach()).permute(0, 2, 3, 1).permute(0, 3, 1, 2).mul(2).inner + x)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), wraps, nn.Conv2d(8, 8, 1)), images(2, 3, 8, 8))
+    assert losers(tracer) == {} and tracer.channels_last_share == 1.0
+
+
+def crops(x, **kwargs):
+    return torch.nested.as_nested_tensor([x[0], x[1, :, :4]], **kwargs)
+
+
+def rows_of_tokens(x):
+    tokens = x.flatten(2).transpose(1, 2)
+    rows = torch.nested.as_nested_tensor([tokens[0], tokens[1, :10]], layout=torch.jagged)
+    heads = rows.unflatten(-1, (2, 4)).transpose(1, 2)  # 4D
+    return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(-2).values()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: torch.nested.to_padded_tensor(crops(x) * 2, 0.0), rows_of_tokens],
+    ids=["strided", "jagged"],
+)
+def test_nested_tensors_are_no_images(function):
+    tracer = trace_forward(nn.Sequential(nn.Conv2d(3, 8, 1), Op(function)), images(2, 3, 8, 8))
+    assert tracer.layers["0"].share("forward") == 1.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda module, x: torch.vmap(module)(torch.stack([x, x])).sum(0),
+        lambda module, x: module(x) + torch.func.jacrev(lambda x: module(x).mean((2, 3)))(x[:1, :, :4, :4]).sum(),
+        lambda module, x: torch.func.jvp(module, (x,), (x,))[1],
+    ],
+    ids=["vmap", "jacrev", "jvp"],
+)
+def test_modules_below_transforms_of_functions(function):
+    module = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Softmax(1))
+    block = Op(lambda x: function(module, x), module=module)
+    tracer = trace(nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 8, 1)), images(2, 3, 8, 8))
+    assert tracer.layers["0"].share("forward") == 1.0 and "2" in tracer.layers
 
 
 # Higher-order operators
