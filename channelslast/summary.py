@@ -436,7 +436,7 @@ def _unconverted(model: nn.Module, tensors: list[Tensor]) -> str | None:
 
 
 def _device(model: nn.Module, tensors: list[Tensor]) -> torch.device:
-    tensors = [*tensors, *islice(model.parameters(), 1)]
+    tensors = [*islice(model.parameters(), 1), *tensors]  # the first input may be one of lengths, on the CPU
     return tensors[0].device if tensors else torch.device("cpu")
 
 
