@@ -29,7 +29,15 @@ from torch.profiler import ProfilerActivity
 from channelslast.memory_format import _check
 from channelslast.precision import training_device
 from channelslast.restore import FitDone, unchanged_learner, unchanged_modules, unchanged_tensors
-from channelslast.trace import OUTSIDE, FormatEvent, FormatTracer, LayerFormat, layout, tensors_in
+from channelslast.trace import (
+    OUTSIDE,
+    FormatEvent,
+    FormatTracer,
+    LayerFormat,
+    layout,
+    modules_as_written,
+    tensors_in,
+)
 
 __all__ = ["FormatSummary", "GpuShares", "format_summary"]
 
@@ -421,7 +429,7 @@ class _Observer:
             dense_gradients=[name for name in tracer.dense_gradients if name != OUTSIDE],
             gpu=self.gpu,
             error=self.error,
-            model=type(self.model).__name__,
+            model=type(dict(modules_as_written(self.model))[""]).__name__,
             device=str(self.device),
             dtype=_DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch.")),
             shapes=self.shapes,
@@ -446,7 +454,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _view_advice(name: str, op: str, message: str, model: nn.Module) -> str:
     where = "the code outside the model"
-    modules = dict(model.named_modules())
+    modules = dict(modules_as_written(model))
     if name in modules:
         where = f"{_name(name)} {type(modules[name]).__name__}"
     message = message.split(". Use ")[0]

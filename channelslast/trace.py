@@ -115,8 +115,8 @@ class FormatTracer:
         self.dense_gradients: dict[str, None] = {}  # modules that write out an expanded gradient, in contiguous format
         self.error: tuple[str, str, str] | None = None  # module, operator and message of the last `.view` that raised
         self._events: dict[tuple, list[int]] = {}
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
+        self._names = {id(module): name for name, module in modules_as_written(model)}
+        self._classes = {name: type(module).__name__ for name, module in modules_as_written(model)}
         self._param_shapes = {param.shape for param in model.parameters() if param.ndim in CHANNELS_LAST}
         self._images: set[torch.Size] = set()
         self._input_channels: set[int] = set()  # of the images that the model is called with
@@ -501,6 +501,14 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def _is_higher_order(func: Any) -> bool:
     return getattr(func, "namespace", None) == "higher_order"
+
+def modules_as_written(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module]]:
+    "Its `named_modules`; the wrapper that `torch.compile` puts around a module has the name of that module, before it."
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
 
 
 class _Operators(TorchDispatchMode):

@@ -371,6 +371,20 @@ def test_branches_of_cond_are_seen_through(images, new_learner):
     assert [layer.module for layer in learn.to_channelslast(use_amp=False).format_summary().losers] == ["1.norm.0"]
 
 
+def test_wrapper_of_the_compiler_has_no_name(images):
+    model = module_to_memory_format(thrashing_model())
+    losers = [layer.module for layer in format_summary(model, images).losers]
+    model[4] = torch.compile(model[4])
+    summary = format_summary(torch.compile(model), images)
+    assert [layer.module for layer in summary.losers] == losers
+    assert summary.model == "Sequential" and {layer.cls for layer in summary.losers} == {"InstanceNorm2d", "GLU"}
+
+
+def test_view_below_the_wrapper_of_the_compiler(images):
+    model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), Views()))
+    assert "`1` Views" in format_summary(torch.compile(model), images).error
+
+
 def test_module_in_the_mode_it_is_in(images):
     model = module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval()
     mean = model[1].running_mean.clone()
