@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
@@ -168,6 +170,9 @@ class FormatTracer:
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             self._leave_module(module, output)
 
+        def after_script(module: nn.Module, args: tuple, output: Any) -> None:
+            self._leave_module(module, output)
+
         if torch.__version__ < "2.6":
             self._handles.append(_CastsOutside())
         try:
@@ -175,6 +180,9 @@ class FormatTracer:
                 if id(module) not in inside:
                     self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                     self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            if isinstance(self.model, torch.jit.ScriptModule):  # takes hooks on all modules, and none of its own
+                self._handles.append(register_module_forward_pre_hook(partial(before, kwargs={})))
+                self._handles.append(register_module_forward_hook(after_script, always_call=True))
         except BaseException:
             self._remove_hooks()
             raise
@@ -494,14 +502,6 @@ class FormatTracer:
             self.layers[name].nbytes[phase, layout(last_copy.result)] -= last_copy.counted
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    "Whether the modules inside run as code of the module around them: a script takes no hooks, a weight is no image."
-    return isinstance(module, (torch.jit.ScriptModule, ParametrizationList))
-
-
-def _is_higher_order(func: Any) -> bool:
-    return getattr(func, "namespace", None) == "higher_order"
-
 def modules_as_written(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -509,6 +509,14 @@ def modules_as_written(
     for name, module in model.named_modules():
         yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
+
+def _is_opaque(module: nn.Module) -> bool:
+    "Whether the modules inside run as code of the module around them: a script takes no hooks, a weight is no image."
+    return isinstance(module, (torch.jit.ScriptModule, ParametrizationList))
+
+
+def _is_higher_order(func: Any) -> bool:
+    return getattr(func, "namespace", None) == "higher_order"
 
 
 class _Operators(TorchDispatchMode):

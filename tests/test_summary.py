@@ -697,6 +697,11 @@ def test_device_that_runs_nothing():
         format_summary(TinyNet().to("meta"), torch.randn(2, 3, 8, 8, device="meta"))
 
 
+def test_model_on_a_device_that_runs_nothing():
+    with pytest.raises(ValueError, match="device 'meta', where nothing runs"):
+        format_summary(TinyNet().to("meta"), torch.randn(2, 3, 8, 8))
+
+
 def test_batch_that_the_model_rejects_is_its_own_error():
     with pytest.raises(RuntimeError, match="channels"):
         format_summary(TinyNet(), torch.randn(2, 5, 8, 8))
@@ -711,11 +716,6 @@ def test_learner_without_data(new_learner):
 
 
 @pytest.mark.parametrize("event", ["before_fit", "before_batch"])
-def test_model_on_a_device_that_runs_nothing():
-    with pytest.raises(ValueError, match="device 'meta', where nothing runs"):
-        format_summary(TinyNet().to("meta"), torch.randn(2, 3, 8, 8))
-
-
 def test_step_that_a_callback_cancels(new_learner, event):
     learn = new_learner(cbs=raising(event, CancelFitException()))
     with pytest.raises(ValueError, match="callback of the Learner cancelled"):

@@ -570,6 +570,19 @@ def test_script_is_code_of_the_module_around_it():
     assert "forward" in losers(tracer)[""]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda model: torch.jit.trace(model, images(2, 3, 8, 8))], ids=["script", "trace"]
+)
+def test_model_that_is_a_script_is_one_module(make):
+    model = make(module_to_memory_format(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Softmax(1))))
+    tracer = trace(model, images(2, 3, 8, 8))
+    assert list(tracer.layers) == [""] and "forward" in losers(tracer)[""]
+    seen = tracer.events
+    model(images(2, 3, 8, 8))
+    assert tracer.events == seen
+
+
 def test_tensors_in_what_modules_take_and_return():
     a, b = torch.ones(1), torch.ones(2)
     assert [id(tensor) for tensor in tensors_in([a, {"b": (b, 3)}, Outputs(b, a), LayerFormat, "c", None])] == [
