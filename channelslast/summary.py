@@ -372,7 +372,8 @@ class _Observer:
 
     def __init__(self, profile: bool):
         self.n_steps = 5 if profile else 1
-        self.step = 0
+        self.step = 0  # those that have ended
+        self.has_begun = False
         self.seconds: list[float] = []
         self.gpu: GpuShares | None = None
         self.error: str | None = None
@@ -380,6 +381,7 @@ class _Observer:
         self.running = ExitStack()  # the tracer, then the profiler: closed after each step, and if one fails
 
     def begin(self, model: nn.Module, inputs: Any) -> None:
+        self.has_begun = True
         if self.step == 0:
             tensors = tensors_in(inputs)
             self.model = model
@@ -403,6 +405,9 @@ class _Observer:
             self.tracer.own_loss(loss)
 
     def end(self) -> None:
+        if not self.has_begun:  # a callback cancelled the batch before
+            return
+        self.has_begun = False
         if self.step > 0:
             torch.cuda.synchronize(self.device)
             self.seconds.append(time.perf_counter() - self.started)
@@ -599,7 +604,7 @@ class _ObservedSteps(Callback):
 
     def after_batch(self):
         self.observer.end()
-        if self.observer.step == self.observer.n_steps:
+        if self.iter == self.observer.n_steps - 1:
             raise FitDone()
 
 

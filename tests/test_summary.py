@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TinyNet, TinyVideoNet, new_dls
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.learner import Learner
@@ -720,6 +720,26 @@ def test_step_that_a_callback_cancels(new_learner, event):
     learn = new_learner(cbs=raising(event, CancelFitException()))
     with pytest.raises(ValueError, match="callback of the Learner cancelled"):
         learn.format_summary()
+
+
+class SkipsTwo(Callback):
+    def before_batch(self):
+        if self.iter < 2:
+            raise CancelBatchException
+
+
+def test_first_steps_that_a_callback_cancels(new_learner, monkeypatch):
+    monkeypatch.setattr("channelslast.summary._use_profiler", lambda profile, device: True)  # takes five steps
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    learn = new_learner(thrashing_model, cbs=SkipsTwo())
+    summary = learn.to_channelslast(use_amp=False).format_summary()
+    assert [layer.module for layer in summary.losers] == ["1", "4"] and summary.gpu is None
+
+
+@pytest.mark.cuda
+def test_first_steps_that_a_callback_cancels_on_cuda(new_learner):
+    learn = new_learner(thrashing_model, device="cuda", cbs=SkipsTwo()).to_channelslast()
+    assert learn.format_summary().losers
 
 
 def test_lazy_model(new_learner):
