@@ -179,9 +179,12 @@ def _load_batches(learn: Learner, seconds: float) -> tuple[list[Any], float]:
 def n_items_in(
     batch: Any,
 ) -> int:
-    "How many images, or other items, `batch` holds: a tensor of them, or a list as detection models take."
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return len(inputs) if isinstance(inputs, (tuple, list)) else find_bs(batch)
+    "How many images, or other items, `batch` holds: in tensors, or in a list as detection models take."
+    inputs, targets = (batch[0], batch[-1]) if isinstance(batch, (tuple, list)) else (batch, None)
+    if not isinstance(inputs, (tuple, list)):
+        return find_bs(batch)
+    is_of_batches = isinstance(targets, Tensor) and {len(tensor) for tensor in tensors_in(inputs)} == {len(targets)}
+    return len(targets) if is_of_batches else len(inputs)
 
 
 def _shapes(batch: Any) -> list[tuple[int, ...]]:

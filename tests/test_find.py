@@ -258,6 +258,9 @@ def test_workers_that_start_are_not_data_that_are_slow(timed, clock):
         ((torch.zeros(5, 3, 8, 8), torch.zeros(5)), 5),
         (([torch.zeros(3, 8, 8)] * 4, [{}] * 4, torch.zeros(4)), 4),
         ({"image": torch.zeros(6, 3)}, 6),
+        (((torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 8, 8)), torch.zeros(5)), 5),
+        (([torch.zeros(5, 3, 8, 8), torch.zeros(5, 2)], torch.zeros(5)), 5),
+        (([torch.zeros(3, 8, 8)] * 2, [{}] * 2), 2),
     ],
 )
 def test_items_in_a_batch(batch, n):
