@@ -127,7 +127,8 @@ def _cannot_train(fmt: TrainFormat, device: torch.device) -> str | None:
 
 def _is_in_a_fit(learn: Learner) -> bool:
     "Whether `learn` is training or predicting, further up in what calls this. (fastai keeps no record of it.)"
-    loops = {vars(Learner)[name].__code__ for name in ("fit", "validate")}  # get_preds runs the loop of validate
+    methods = [inspect.unwrap(vars(Learner)[name]) for name in ("fit", "validate", "get_preds")]  # others may wrap them
+    loops = {getattr(method, "__code__", None) for method in methods}
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in loops and frame.f_locals.get("self") is learn:

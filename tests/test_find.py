@@ -1,7 +1,10 @@
 "`format_find`: what it finds, how it times, and how it leaves the Learner. Most times are of a clock of our own."
 
+import gc
 import random
 import threading
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, ranger
 from matplotlib import pyplot as plt
@@ -862,6 +865,31 @@ def test_in_the_middle_of_a_fit(learn):
     learn.finds.asked = False
     learn.validate()
     assert learn.finds.asked
+
+
+@pytest.mark.parametrize("predict", ["get_preds", "validate"])
+def test_in_the_middle_of_predictions(learn, predict):
+    class Finds(Callback):
+        def before_validate(self):
+            with pytest.raises(RuntimeError, match="in the middle of a fit"):
+                self.learn.format_find()
+            self.asked = True
+
+    learn.add_cb(Finds())
+    getattr(learn, predict)(dl=learn.dls.valid)
+    assert learn.finds.asked
+
+
+def test_fit_that_others_have_wrapped(learn, monkeypatch):
+    class Wrapper:
+        "As a tracker of experiments may wrap it: no function."
+
+        def __get__(self, learn, cls):
+            return partial(fit, learn)
+
+    fit = Learner.fit
+    monkeypatch.setattr(Learner, "fit", Wrapper())
+    assert not any(row.error for row in learn.format_find(show_plot=False))
 
 
 def test_in_the_fit_of_another_learner(new_learner):
