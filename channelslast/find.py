@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import cycle
-from math import isfinite
+from math import isfinite, nan
 from numbers import Real
 from operator import methodcaller
 from typing import Any
@@ -36,10 +36,12 @@ from channelslast.trace import tensors_in
 __all__ = ["FormatTiming", "FormatTimings"]
 
 BUDGET = 27.0  # seconds
-_N_ROUNDS = 10  # more time makes them longer, which makes their medians steadier
-_FEW_ROUNDS = 5  # where more would go by with all but timed steps
+_N_ROUNDS = 10  # more time makes them longer, which makes them steadier
+_FEW_ROUNDS = 5  # where in more a round had few timed steps
+_FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
 _MIN_ROUNDS = 3  # fewer have no spread
 _N_BATCHES = 4  # to train on, over and over
+_MOST_CANCELLED = 12  # batches without a backward pass, before the first that has one
 _NO_NUMBER = "the loss is"
 
 
@@ -228,7 +230,7 @@ class _Clock:
 
 
 class _TimedSteps(Callback):
-    "Train on the same few batches, mark the time after each step, and end the fit when there are enough."
+    "Train on the same few batches, mark the time, and end the fit when there are enough steps."
 
     order = float("inf")  # after all that belongs to a step
 
@@ -236,7 +238,13 @@ class _TimedSteps(Callback):
         self.batches, self.scaler_state = batches, scaler_state
         self.clock = _Clock(device)
         self.error: str | None = "a callback of the Learner cancelled the fit before it had trained enough steps"
-        self.has_gradients = False
+        self.shapes: list[tuple[int, ...]] = []
+        self.n_begun = self.n_backward = self.n_cancelled = self.n_steps = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        "How far the fit got, in what its process trains together with others."
+        return self.n_begun, self.n_backward
 
     def before_fit(self):
         scaler = getattr(self.learn, "scaler", None)
@@ -245,43 +253,50 @@ class _TimedSteps(Callback):
 
     def before_train(self):
         self.learn.dl = _Endless(self.batches)
+        self.clock.mark()
 
     def before_batch(self):
-        if not self.clock.marks:
-            self.shapes = _shapes(self.xb)
-            self.mark()
+        self.n_begun += 1
+        self.shapes = self.shapes or _shapes(self.xb)
 
-    def after_backward(self):
-        self.has_gradients = True
+    def before_backward(self):
+        self.n_backward += 1
 
     def after_batch(self):
+        if not self.n_backward:  # a callback cancels the first batches
+            self.n_cancelled += 1
+            if self.n_cancelled == _MOST_CANCELLED:
+                self.finish()
+            return
+        self.n_steps += 1
         self.mark()
         if self.has_enough():
             self.finish()
-            raise FitDone()
 
     def finish(self):
         scaler = getattr(self.learn, "scaler", None)
         self.scaler_state = scaler.state_dict() if scaler is not None else {}
+        loss = torch.as_tensor(self.learn.loss).detach()
         self.error = None
-        if not torch.isfinite(torch.as_tensor(self.learn.loss)).all():
-            self.error = f"{_NO_NUMBER} {float(torch.as_tensor(self.learn.loss).sum())}"
-        elif not self.has_gradients:
+        if not torch.isfinite(loss).all():
+            self.error = f"{_NO_NUMBER} {float(loss.sum())}"
+        elif not self.n_backward:
             self.error = "a callback of the Learner cancelled every batch before its backward pass"
+        raise FitDone()
 
     def before_validate(self):
         raise FitDone()  # a callback cancelled the training
 
-    def mark(self):
-        self.clock.mark()
-
 
 class _WarmUp(_TimedSteps):
-    "Train until a step is hardly faster than the one before."
+    "Time each step, until one is hardly faster than the one before."
 
     def __init__(self, *args: Any, agree: Callable, is_late: Callable[[], bool]):
         super().__init__(*args)
         self.agree, self.is_late = agree, is_late
+
+    def mark(self):
+        self.clock.mark()
 
     def has_enough(self) -> bool:
         ms = self.clock.ms()
@@ -290,7 +305,10 @@ class _WarmUp(_TimedSteps):
 
 
 class _Round(_TimedSteps):
-    "Time `n` steps after `n_lead` that are not timed, and take the GPU's peak memory in them."
+    """Time `n` steps in one go, after `n_lead` that are not timed, and take the GPU's peak memory in them.
+
+    In one go, for what does not come in every step, as the optimizer's under gradient accumulation, to count.
+    """
 
     def __init__(self, *args: Any, n_lead: int, n: int):
         super().__init__(*args)
@@ -299,17 +317,21 @@ class _Round(_TimedSteps):
 
     def mark(self):
         on_cuda = self.clock.device.type == "cuda"
-        if on_cuda and len(self.clock.marks) == self.n_lead:
-            torch.cuda.reset_peak_memory_stats(self.clock.device)
-        super().mark()
-        if on_cuda and self.has_enough():
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.clock.device)
+        if self.n_steps == self.n_lead:
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(self.clock.device)
+            self.clock.mark()
+        elif self.has_enough():
+            self.clock.mark()
+            if on_cuda:
+                self.peak_bytes = torch.cuda.max_memory_allocated(self.clock.device)
 
     def has_enough(self) -> bool:
-        return len(self.clock.marks) > self.n_lead + self.n
+        return self.n_steps == self.n_lead + self.n
 
-    def steps_ms(self) -> list[float]:
-        return self.clock.ms()[self.n_lead :]
+    def step_ms(self) -> float:
+        "Milliseconds of a timed step, in the mean."
+        return self.clock.ms()[-1] / self.n
 
 
 class _ProfiledStep(_Round):
@@ -320,7 +342,7 @@ class _ProfiledStep(_Round):
         self.running = running  # the profiler, which an interrupt closes
 
     def mark(self):
-        if len(self.clock.marks) == self.n_lead:
+        if self.n_steps == self.n_lead:
             torch.cuda.synchronize(self.clock.device)
             self.profiler = self.running.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CUDA]))
         super().mark()
@@ -412,7 +434,7 @@ class _Search:
         candidate.row.error = error
         if not error:
             ms = steps.clock.ms()
-            candidate.step_s = self.agree(max, ms[-1] / 1000)
+            candidate.step_s = self.agree(max, statistics.fmean(ms[-2:]) / 1000)
             candidate.overhead_s = self.agree(max, took - sum(ms) / 1000)
             candidate.row.warmup_s = took
             self.shapes = steps.shapes
@@ -444,12 +466,12 @@ class _Search:
         return sum(overhead_s + (self.n_lead(c) + n_steps) * c.step_s for c in candidates)
 
     def choose_n_steps(self, seconds: float) -> None:
-        "Steps in a round, so that `seconds` hold `_N_ROUNDS`; `_FEW_ROUNDS` if else most of the time were not timed."
-        untimed_s = self.round_s(self.running, 0)
+        "Choose the steps of a round so that `seconds` hold `_N_ROUNDS`, or `_FEW_ROUNDS` of more steps."
+        untimed_s, step_s = self.round_s(self.running, 0), sum(candidate.step_s for candidate in self.running)
         timed_s = seconds / _N_ROUNDS - untimed_s
-        if timed_s < untimed_s:
+        if timed_s < max(untimed_s, _FEW_STEPS * step_s):
             timed_s = seconds / _FEW_ROUNDS - untimed_s
-        self.n_steps = max(1, int(timed_s / sum(candidate.step_s for candidate in self.running)))
+        self.n_steps = max(1, int(timed_s / step_s))
 
     def time(self, candidate: Candidate) -> None:
         with warnings.catch_warnings():
@@ -459,7 +481,7 @@ class _Search:
             candidate.row.error = error
             candidate.row.samples.clear()
             return
-        candidate.row.samples.append(self.agree(max, statistics.median(steps.steps_ms())))
+        candidate.row.samples.append(self.agree(max, steps.step_ms()))
         if steps.peak_bytes is not None and not candidate.has_graphs:
             moved = sum(size for tensor, memory, size in self.originals if tensor.data_ptr() != memory)
             peak_bytes = self.agree(max, steps.peak_bytes - moved)
@@ -509,7 +531,7 @@ class _Search:
         "The result, once all rounds are done."
         rows = [candidate.row for candidate in self.candidates]
         for row in rows:
-            row.items_per_s = 1000 * self.n_items / row.ms
+            row.items_per_s = 1000 * self.n_items / statistics.fmean(row.samples) if row.samples else nan
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
             start=start,

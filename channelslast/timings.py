@@ -25,8 +25,8 @@ class FormatTiming:
     "A candidate: the training step of a Learner in one format."
 
     format: TrainFormat
-    samples: list[float] = field(default_factory=list, repr=False)  # median milliseconds of a step in each round
-    items_per_s: float = nan  # images, or what else a batch holds; of all processes
+    samples: list[float] = field(default_factory=list, repr=False)  # milliseconds a step, in the mean of each round
+    items_per_s: float = nan  # images, or what else a batch holds, in the mean of all rounds; of all processes
     speedup: float = nan  # against the format that the Learner had
     peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA); what CUDA graphs hold is not known
     warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
@@ -34,12 +34,12 @@ class FormatTiming:
 
     @property
     def ms(self) -> float:
-        "Median of a training step, in milliseconds; nan for a candidate that could not train."
+        "Milliseconds of a training step, the median of the rounds; nan for a candidate that could not train."
         return statistics.median(self.samples) if self.samples else nan
 
     @property
     def iqr(self) -> float:
-        "Interquartile range of the rounds' medians, in milliseconds."
+        "Interquartile range of the rounds, in milliseconds."
         return _iqr(self.samples) if self.samples else nan
 
 
@@ -219,7 +219,7 @@ class FormatTimings(Sequence):
         self,
         ax: Axes | None = None,  # where to draw, a new figure if None
     ) -> Axes:
-        "Draw a bar for each candidate: the median step, with its interquartile range."
+        "Draw a bar for each candidate: a step in the median of its rounds, with their interquartile range."
         if ax is None:
             _, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(self)), layout="constrained")
         longest = max(row.ms for row in self.rows if not row.error)
@@ -247,7 +247,7 @@ class FormatTimings(Sequence):
 
     def _data_ms(self) -> float:
         "Milliseconds in which the DataLoader yields what one step trains on."
-        return self.best_row.ms * self.best_row.items_per_s / self.data_items_per_s
+        return statistics.fmean(self.best_row.samples) * self.best_row.items_per_s / self.data_items_per_s
 
 
 def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:

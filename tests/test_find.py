@@ -226,6 +226,37 @@ def test_drift_does_not_choose(new_learner, clock, plain_cpu, drift):
     assert timings.best == CONTIGUOUS
 
 
+def test_cost_that_comes_every_third_step_counts(new_learner, clock, plain_cpu):
+    class Slow(Callback):
+        def after_batch(self):
+            if self.iter % 3 == 0 and self.learn.train_format == LAST:
+                clock.tick(0.9)
+
+    timings = new_learner(lambda: TimedNet(clock), cbs=Slow()).format_find(show_plot=False, budget=60)
+    assert timings[0].ms == pytest.approx(40) and timings[1].ms == pytest.approx(320, rel=0.2)
+    assert timings.best == CONTIGUOUS
+
+
+def test_short_rounds_have_enough_steps_for_what_comes_every_third(new_learner, clock, plain_cpu):
+    class Slow(Callback):
+        def after_batch(self):
+            if self.iter % 3 == 2:
+                clock.tick(0.4)
+
+    timings = new_learner(lambda: TimedNet(clock), cbs=Slow()).format_find(show_plot=False, budget=12)
+    assert all(row.ms > 100 for row in timings)
+
+
+def test_step_rate_is_a_mean_as_the_data_rate_is(new_learner, clock, plain_cpu):
+    class SometimesSlow(TimedNet):
+        def forward(self, x):
+            clock.tick(1.0 if clock.now % 10 > 7 else 0.0)  # as a machine that others use
+            return super().forward(x)
+
+    row = new_learner(lambda: SometimesSlow(clock)).format_find(show_plot=False, budget=60)[0]
+    assert row.items_per_s == pytest.approx(8000 / np.mean(row.samples)) and np.mean(row.samples) > 1.1 * row.ms
+
+
 @pytest.mark.parametrize("seconds_a_batch, limit", [(1.0, "data"), (1e-3, "device")])
 def test_data_loading_is_timed_too(timed, clock, seconds_a_batch, limit):
     class Slow(list):
@@ -727,6 +758,24 @@ def test_steps_without_a_backward_pass_are_none(learn):
     learn.add_cb(Cancels())
     with pytest.raises(RuntimeError, match="cancelled every batch before its backward pass"):
         learn.format_find(show_plot=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("event", ["before_batch", "after_loss"])
+def test_first_batches_that_a_callback_cancels_are_not_timed(new_learner, device, n, event):
+    class CancelsFirst(Callback):
+        def before_fit(self):
+            self.left = n
+
+        def cancel(self):
+            self.left -= 1
+            if self.left >= 0:
+                raise CancelBatchException
+
+    setattr(CancelsFirst, event, CancelsFirst.cancel)
+    timings = new_learner(device=device, cbs=CancelsFirst()).format_find(show_plot=False)
+    assert not any(row.error for row in timings) and timings.shapes == [(8, 3, 8, 8)]
 
 
 def test_training_that_a_callback_ends_is_not_validated(learn):
