@@ -4,6 +4,7 @@ import gc
 import inspect
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,7 @@ class Candidate:
         self.has_graphs = fmt.compile in ("reduce-overhead", "max-autotune")  # CUDA graphs, in memory of their own
         self.prepare = prepare or methodcaller("to_format", fmt)
         self.scaler_state: dict[str, Any] = {}
+        self.raised: Exception | None = None  # by the Learner
         self.step_s = self.overhead_s = 0.0
 
 
@@ -417,10 +419,18 @@ class _Search:
             spent += took
 
     def check_any(self) -> None:
-        choices = [candidate.row for candidate in self.candidates if candidate.is_choice]
-        if all(row.error for row in choices):
-            reasons = "; ".join(f"{row.format}: {row.error}" for row in choices)
-            raise RuntimeError(f"No format can train this Learner. {reasons}")
+        "Raise an error if no candidate is left: what the Learner itself raised, at first in the format that it has."
+        choices = [candidate for candidate in self.candidates if candidate.is_choice]
+        if not all(candidate.row.error for candidate in choices):
+            return
+        reasons = "; ".join(f"{candidate.row.format}: {candidate.row.error}" for candidate in choices)
+        words = f"No format can train this Learner. {reasons}"
+        choices.sort(key=lambda candidate: candidate.row.format != self.learn.train_format)
+        raised = next((candidate.raised for candidate in choices if candidate.raised), None)
+        if raised is None:
+            raise RuntimeError(words)
+        raised.add_note(f"channelslast: {words}")
+        raise raised
 
     def warm_up(self, candidate: Candidate) -> None:
         is_compiling = bool(candidate.row.format.compile)
@@ -512,10 +522,12 @@ class _Search:
                     pass
                 candidate.scaler_state, error = steps.scaler_state, steps.error
         except Exception as raised:
+            _empty_frames(raised)
+            candidate.raised = raised
             error = shorten(f"{type(raised).__name__}: {raised}", 300)
         error = self.agree(_first_error, error)
         if error:
-            gc.collect()  # what the traceback held
+            gc.collect()
         self.give_back_memory(is_all=error is not None or new_steps is _WarmUp)
         return steps, error
 
@@ -559,6 +571,17 @@ class _Search:
 
 def _first_error(errors: list[str | None]) -> str | None:
     return next(filter(None, errors), None)
+
+
+def _empty_frames(error: BaseException) -> None:
+    "Take the tensors out of the traceback of `error`, and of those that came before it; its lines stay."
+    todo, seen = [error], set()
+    while todo:
+        error = todo.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            todo += [error.__cause__, error.__context__]
 
 
 def _cuda_tensors(learn: Learner) -> list[tuple[Tensor, int, int]]:
@@ -637,7 +660,8 @@ def format_find(
     this process is dropped, and compiled again when it is used.
 
     Raises `TypeError` and `ValueError` for `formats`, `compile`, `show_plot` or a `budget` that cannot be, without
-    training data, and in the middle of a fit; `RuntimeError` with the reasons where no candidate can train.
+    training data, and in the middle of a fit. Where no candidate can train, raises what the Learner raised in the
+    format that it has, with a note of all reasons; a `RuntimeError` with them where nothing was raised.
     """
     formats = _check_formats(formats)
     _check("compile", compile, bool)

@@ -722,9 +722,61 @@ def test_all_failing_is_an_error_with_the_reasons(learn, bf16_cpu, assert_unchan
 
     learn.add_cb(Fails())
     check = assert_unchanged(learn)
-    with pytest.raises(RuntimeError, match=r"No format can train.*contiguous fp32: Z.*channels last bf16: Z"):
+    with pytest.raises(ZeroDivisionError, match=r"No format can train.*contiguous fp32: Z.*channels last bf16: Z"):
         learn.format_find(show_plot=False)
     check()
+
+
+@pytest.mark.parametrize("start", [CONTIGUOUS, LAST_BF16], ids=str)
+def test_error_of_the_model_in_every_format_is_raised_as_it_was(new_learner, bf16_cpu, assert_unchanged, start):
+    class Typo(TinyNet):
+        def forward(self, x):
+            return super().forward(x) + no_such_name  # noqa: F821
+
+    learn = new_learner(Typo).to_format(start)
+    with pytest.raises(NameError) as alone:
+        learn.fit(1)
+    learn.opt = None
+    check = assert_unchanged(learn)
+    with pytest.raises(NameError, match="No format can train this Learner") as raised:
+        learn.format_find(show_plot=False)
+    check()
+    assert str(raised.value) == str(alone.value) and raised.value.__cause__ is raised.value.__context__ is None
+    assert (
+        raised.traceback[-1].lineno == alone.traceback[-1].lineno
+        and raised.traceback[-1].path == alone.traceback[-1].path
+    )
+
+
+def test_error_in_the_format_of_the_learner_is_the_one_raised(learn, plain_cpu):
+    class Fails(Callback):
+        def before_batch(self):
+            raise ZeroDivisionError if self.learn.train_format == LAST else KeyError("no")
+
+    learn.add_cb(Fails()).to_format(LAST)
+    with pytest.raises(IndexError) as raised:  # fastai's, of an exception without a message
+        learn.format_find(show_plot=False)
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+
+
+def test_error_that_becomes_a_row_holds_no_tensors(new_learner, plain_cpu):
+    held, alive = [], []
+
+    class Fails(TinyNet):
+        def forward(self, x):
+            gc.collect()
+            alive.append(sum(reference() is not None for reference in held))
+            if is_channels_last(x):
+                activation = super().forward(x)
+                held.append(weakref.ref(activation))
+                try:
+                    raise KeyError("first")
+                except KeyError:
+                    raise ValueError("second") from None
+            return super().forward(x)
+
+    timings = new_learner(Fails).format_find([LAST, CONTIGUOUS], show_plot=False)
+    assert timings[0].error == "ValueError: second" and held and not any(alive) and len(alive) > 6
 
 
 def test_all_failing_in_the_rounds_is_an_error_too(learn, plain_cpu):
