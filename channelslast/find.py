@@ -405,7 +405,7 @@ class _Search:
             candidate, *waiting = waiting
             self.progress(self.spent() / seconds, f"warm-up: {candidate.row.format}")
             self.warm_up(candidate)
-            self.check_budget(len(waiting))
+            waiting = self.check_budget(waiting)
         self.check_any()
         self.choose_n_steps(seconds - self.spent())
         n_rounds, spent, took = 0, self.spent(), 0.0
@@ -449,18 +449,30 @@ class _Search:
             candidate.row.warmup_s = took
             self.shapes = steps.shapes
 
-    def check_budget(self, n_waiting: int) -> None:
-        "Raise an error where the budget is used up; once none is waiting, where it cannot hold the fewest rounds."
+    def check_budget(self, waiting: list[Candidate]) -> list[Candidate]:
+        """Return those of `waiting` that are to be tried, none where all before failed and used up the budget.
+
+        Raise an error where the budget is used up by what can train, or cannot hold the fewest rounds of all.
+        """
         if self.budget is None:
-            return
+            return waiting
         spent, warm = self.spent(), [candidate for candidate in self.running if candidate.step_s]
-        rounds = _MIN_ROUNDS * self.round_s(warm, 1) * (len(warm) + n_waiting) / max(1, len(warm))
-        needed = spent + n_waiting * statistics.median(self.warm_up_s) + rounds
-        if spent > self.budget or (not n_waiting and needed > self.budget):
+        if not warm:
+            if spent <= self.budget:
+                return waiting
+            for candidate in waiting:
+                candidate.row.error = f"not tried, the budget of {self.budget!r} seconds was used up"
+            return []
+        n_all = len(warm) + len(waiting)
+        rounds = _MIN_ROUNDS * self.round_s(warm, 1) * n_all / len(warm)
+        needed = spent + len(waiting) * statistics.median(self.warm_up_s) + rounds
+        if spent > self.budget or (not waiting and needed > self.budget):
             raise ValueError(
-                f"budget={self.budget!r} seconds cannot hold {_MIN_ROUNDS} timed steps of {len(warm) + n_waiting} "
-                f"formats: pass at least {1.3 * needed:.{0 if needed > 5 else 2}f}, None, or fewer formats"
+                f"budget={self.budget!r} seconds cannot hold {_MIN_ROUNDS} timed steps of {n_all} format"
+                f"{'s' if n_all > 1 else ''}: pass at least {1.3 * needed:.{0 if needed > 5 else 2}f}, None, or fewer "
+                "formats"
             )
+        return waiting
 
     def n_lead(self, candidate: Candidate) -> int:
         "Steps of a round before the first timed one."

@@ -931,6 +931,21 @@ def test_budget_that_is_named_as_enough_is_enough(timed):
     assert len(timings[0].samples) >= find._MIN_ROUNDS
 
 
+def test_budget_that_failing_formats_use_up(new_learner, clock, bf16_cpu):
+    class Fails(TinyNet):
+        def forward(self, x):
+            clock.tick(1)
+            raise ValueError("typo")
+
+    with pytest.raises(
+        ValueError, match=r"^typo\n(?s:.*)contiguous fp32: ValueError: typo; channels last fp32: not tried"
+    ):
+        new_learner(Fails).format_find(budget=0.5)
+    with pytest.raises(ValueError, match=r"^typo"):
+        new_learner(Fails).format_find([CONTIGUOUS], budget=0.5)
+    assert clock.now == 2
+
+
 @pytest.mark.parametrize("loaders", [[], [[]]])
 def test_without_training_data(learn, loaders, assert_unchanged):
     learn.dls.loaders = loaders
