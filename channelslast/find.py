@@ -16,7 +16,6 @@ from operator import methodcaller
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -29,9 +28,10 @@ from torch.profiler import ProfilerActivity
 from channelslast.callback import TrainFormat
 from channelslast.memory_format import _check, conv_ndims, module_ndims, supports_channels_last, with_wrapped
 from channelslast.precision import accelerated_dtypes, amp_mode_of, autocast_dtype, training_device
+from channelslast.processes import EndedElsewhere, Processes, training_processes
 from channelslast.restore import FitDone, unchanged_learner
 from channelslast.summary import gpu_shares
-from channelslast.timings import FormatTiming, FormatTimings, shorten
+from channelslast.timings import FormatTiming, FormatTimings
 from channelslast.trace import tensors_in
 
 __all__ = ["FormatTiming", "FormatTimings"]
@@ -303,7 +303,7 @@ class _WarmUp(_TimedSteps):
     def has_enough(self) -> bool:
         ms = self.clock.ms()
         is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
-        return self.agree(min, is_steady) or len(ms) >= 12 or self.is_late()
+        return self.agree(min, is_steady, self.place) or len(ms) >= 12 or self.is_late(self.place)
 
 
 class _Round(_TimedSteps):
@@ -366,12 +366,12 @@ class _Search:
         budget: float | None,
         progress: Callable[[float, str], None],
         put_tensors_back: Callable[[], None],
+        processes: Processes,
     ):
         self.learn, self.candidates = learn, candidates
         self.progress, self.put_tensors_back = progress, put_tensors_back
         self.device = training_device(learn)
-        # by its name: without Accelerate, fastai's module of it cannot be imported
-        self.is_distributed = any(cb.name == "distributed_trainer" for cb in learn.cbs)
+        self.processes = processes
         self.budget = budget
         self.started = time.perf_counter()
         self.uncounted = 0.0  # seconds of compilation
@@ -383,23 +383,16 @@ class _Search:
     def running(self) -> list[Candidate]:
         return [candidate for candidate in self.candidates if not candidate.row.error]
 
-    def agree(self, choose: Callable, value: Any) -> Any:
-        "The same for all processes of distributed training: what `choose` makes of the `value` of each."
-        if not self.is_distributed:
-            return value
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return choose(values)
+    def agree(self, choose: Callable, value: Any, place: Any = None) -> Any:
+        return self.processes.agree(choose, value, place)
 
-    def spent(self) -> float:
+    def spent(self, place: Any = None) -> float:
         "Seconds of the budget."
-        return self.agree(max, time.perf_counter() - self.started - self.uncounted)
+        return self.agree(max, time.perf_counter() - self.started - self.uncounted, place)
 
     def run(self) -> None:
         seconds = self.budget or BUDGET
-        self.batches, items_per_s = _load_batches(self.learn, min(2.0, seconds / 10))
-        self.data_items_per_s = self.agree(sum, items_per_s)
-        self.n_items = self.agree(sum, n_items_in(self.batches[0]))
+        self.load(min(2.0, seconds / 10))
         waiting = self.running
         while waiting:
             candidate, *waiting = waiting
@@ -418,6 +411,18 @@ class _Search:
             took = self.spent() - spent
             spent += took
 
+    def load(self, seconds: float) -> None:
+        failure = None
+        try:
+            self.batches, items_per_s = _load_batches(self.learn, seconds)
+        except Exception as raised:
+            failure = raised
+        reason = self.processes.agree_on_failure(failure, is_patient=True)
+        if reason:
+            raise failure or RuntimeError(reason)
+        self.data_items_per_s = self.agree(sum, items_per_s)
+        self.n_items = self.agree(sum, n_items_in(self.batches[0]))
+
     def check_any(self) -> None:
         "Raise an error if no candidate is left: what the Learner itself raised, at first in the format that it has."
         choices = [candidate for candidate in self.candidates if candidate.is_choice]
@@ -435,7 +440,10 @@ class _Search:
     def warm_up(self, candidate: Candidate) -> None:
         is_compiling = bool(candidate.row.format.compile)
         started, spent = time.perf_counter(), self.spent()
-        is_late = lambda: self.budget is not None and not is_compiling and self.spent() > self.budget  # noqa: E731
+
+        def is_late(place: Any) -> bool:
+            return self.budget is not None and not is_compiling and self.spent(place) > self.budget
+
         steps, error = self.fit(candidate, _WarmUp, agree=self.agree, is_late=is_late)
         took = time.perf_counter() - started
         if is_compiling:
@@ -522,7 +530,7 @@ class _Search:
     def try_to_fit(
         self, candidate: Candidate, new_steps: Callable[..., _TimedSteps], **kwargs: Any
     ) -> tuple[Any, str | None]:
-        error = steps = None
+        failure = steps = None
         try:
             with unchanged_learner(self.learn, values=False):
                 candidate.prepare(self.learn)
@@ -532,16 +540,18 @@ class _Search:
                         self.learn.fit(1, 0)
                 except FitDone:
                     pass
-                candidate.scaler_state, error = steps.scaler_state, steps.error
-        except Exception as raised:
-            _empty_frames(raised)
-            candidate.raised = raised
-            error = shorten(f"{type(raised).__name__}: {raised}", 300)
-        error = self.agree(_first_error, error)
-        if error:
+                candidate.scaler_state, failure = steps.scaler_state, steps.error
+        except (Exception, EndedElsewhere) as raised:
+            failure = raised
+        reason = self.processes.agree_on_failure(failure, steps and steps.place)
+        if isinstance(failure, Exception):
+            _empty_frames(failure)
+            candidate.raised = failure
+        if reason:
+            failure = None
             gc.collect()
-        self.give_back_memory(is_all=error is not None or new_steps is _WarmUp)
-        return steps, error
+        self.give_back_memory(is_all=reason is not None or new_steps is _WarmUp)
+        return steps, reason
 
     def give_back_memory(self, is_all: bool) -> None:
         "Return memory that PyTorch keeps for the next allocation to the GPU, where much has piled up."
@@ -579,10 +589,6 @@ class _Search:
             steps, error = self.fit(candidate, _ProfiledStep, n_lead=self.n_lead(candidate), running=running)
         busy = 0.0 if error else gpu_shares(steps.profiler.events(), candidate.row.ms / 1000).busy
         return self.agree(max, busy) or None  # without any kernel the profiler does not work here
-
-
-def _first_error(errors: list[str | None]) -> str | None:
-    return next(filter(None, errors), None)
 
 
 def _empty_frames(error: BaseException) -> None:
@@ -698,7 +704,12 @@ def find_format(
         raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
     start = start or learn.train_format
     is_compiling = any(candidate.row.format.compile for candidate in candidates)
-    with _progress_bar(learn) as progress, unchanged_learner(learn) as put_tensors_back, _compiling(is_compiling):
-        search = _Search(learn, candidates, budget, progress, put_tensors_back)
+    with (
+        training_processes(learn) as processes,
+        _progress_bar(learn) as progress,
+        unchanged_learner(learn) as put_tensors_back,
+        _compiling(is_compiling),
+    ):
+        search = _Search(learn, candidates, budget, progress, put_tensors_back, processes)
         search.run()
         return search.timings(start)

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import rank_distrib
 from torch import nn
 
-from channelslast import find
+from channelslast import find, processes
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last
 
@@ -55,6 +56,32 @@ class Fails(Callback):
             raise RuntimeError(f"in process {rank_distrib()}")
 
 
+class FailsAlone(Callback):
+    "Fail at an event in the last process alone, in channels last."
+
+    order = 100  # after the Recorder has gathered the losses
+
+    def __init__(self, event):
+        self.event = event
+
+    def __call__(self, event_name):
+        is_last = rank_distrib() == dist.get_world_size() - 1
+        if is_last and event_name == self.event and self.learn.train_format == TrainFormat(True):
+            raise KeyError(f"alone at {event_name}")
+
+
+class BrokenData:
+    "Cannot be read in the last process."
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        if rank_distrib() == dist.get_world_size() - 1:
+            raise OSError("no such file")
+        return iter(self.loader)
+
+
 class ConvertsTooLate(ChannelsLast):
     order = 100  # after `DistributedTrainer` has wrapped the model
 
@@ -65,7 +92,11 @@ def search(learn):
     params = list(model.parameters())
     failing = learn.add_cb(fails).format_find([TrainFormat(True)], show_plot=False)
     timings = learn.remove_cb(fails).format_find([TrainFormat(True)], show_plot=False)
+    learn.add_cb(FailsAlone("after_batch"))  # after all gradients of the step are there
+    going_on = learn.format_find([TrainFormat(True)], show_plot=False)[1].error
+    learn.remove_cb(FailsAlone)
     return {
+        "error_alone": going_on,
         "is_unchanged": learn.model is model and learn.dls.loaders == loaders,
         "n_hooks": sum(len(param._backward_hooks or ()) for param in params),
         "error": failing[1].error,
@@ -73,6 +104,25 @@ def search(learn):
         "best": str(timings.best),
         "data_items_per_s": timings.data_items_per_s,
     }
+
+
+def search_broken_data(learn):
+    learn.dls.loaders[0] = BrokenData(learn.dls.train)
+    try:
+        learn.format_find(show_plot=False)
+    except Exception as error:
+        return repr(error)
+
+
+def fail_alone(learn, event):
+    "Search where one process fails and the others wait for its gradients; it must not wait for them."
+    processes.PATIENCE = 1
+    learn.add_cb(FailsAlone(event))
+    try:
+        learn.format_find([TrainFormat(True)], show_plot=False)
+    except Exception as error:
+        traceback.print_exc()
+        print("ALONE", json.dumps([rank_distrib(), type(error).__name__, *error.__notes__]), flush=True)
 
 
 def observe(learn):
@@ -124,10 +174,15 @@ def main(device, path):
     learn = new_learner(device, path)
     with learn.distrib_ctx(sync_bn=device.type == "cuda"):
         result["search"] = search(learn)
+        result["error_of_data"] = search_broken_data(learn)
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if not rank_distrib():
         print("RESULT", json.dumps(results), flush=True)
+    if device.type == "cpu":
+        learn = new_learner(device, path)
+        with learn.distrib_ctx(sync_bn=False):
+            fail_alone(learn, "after_loss")
     sys.stderr.flush()
 
 

@@ -73,7 +73,24 @@ def test_processes_choose_the_same_format(done):
         and len(first["samples"]) == 2
         and "in process 0" in first["error"]
     )
-    assert done.stdout.count("Sequential (input shape") == 2  # one process prints, for each of the two searches
+    assert done.stdout.count("Sequential (input shape") == 3  # one process prints, for each of the three searches
+
+
+def test_process_that_fails_alone_where_none_waits_for_it(done):
+    *_, last = found = results(done)
+    which = f"(in process {len(found) - 1} of {len(found)})"
+    assert all(result["search"]["error_alone"] == f"KeyError: 'alone at after_batch' {which}" for result in found)
+    assert last["error_of_data"] == "OSError('no such file')"
+    for result in found[:-1]:
+        assert result["error_of_data"] == f"RuntimeError('OSError: no such file {which}')"
+
+
+def test_processes_end_where_one_fails_alone_and_the_others_wait_for_it(on_cpu):
+    results(on_cpu)
+    first, last = sorted(json.loads(line[6:]) for line in on_cpu.stdout.splitlines() if line.startswith("ALONE "))
+    assert last[:2] == [1, "KeyError"] and "process 1 of 2 cannot go on: another does not answer" in last[2]
+    assert first[0] == 0 and "process 0 of 2 cannot go on" in first[2]
+    assert "in fail_alone" in on_cpu.stderr and "in __call__" in on_cpu.stderr
 
 
 def test_summary_is_that_of_the_model_without_its_wrapper(done):
