@@ -1,6 +1,7 @@
 "The command `channelslast`, and the architectures and options that it shares with the training scripts."
 
 import difflib
+import gc
 import json
 import platform
 import re
@@ -462,32 +463,51 @@ def find(
             print(f"{name}:")
         try:
             learn = new_learner(name, bs, size, torch_device, OPTIMIZERS[opt], path)
-            candidates = new_candidates(learn, chosen, compile)
-            fastai_own = Candidate(
-                TrainFormat(True, "fp16"), lambda learn: learn._orig_to_channelslast(), is_choice=False
-            )
-            started = time.perf_counter()
-            timings = find_format(learn, [*candidates, *([fastai_own] if built_in else [])], budget)
-            seconds = round(time.perf_counter() - started, 1)
-            print(timings)
-            found[name] = timings
-            result = {"arch": name, "bs": bs, "opt": opt, "seconds": seconds, **_timings_record(timings)}
-            if built_in:
-                result["built_in"] = _row_record(fastai_own.row)
-                ms = fastai_own.row.error or f"{fastai_own.row.ms:.2f} ms (IQR {fastai_own.row.iqr:.2f})"
-                print(f"fastai's own to_channelslast(): {ms}")
-            if verify:
-                result["verified"] = _verify(learn, timings, budget)
-            results.append(result)
+            found[name], result = _find_one(learn, chosen, compile, budget, built_in, verify)
+            results.append({"arch": name, "bs": bs, "opt": opt, **result})
         except Exception as error:
             print(f"{Path(sys.argv[0]).name}: error: {name}: {_first_line(error)}", file=sys.stderr)
             results.append({"arch": name, "error": str(error)})
+        learn = None
+        _give_back_memory()  # before the next is built
         if json is not None:  # after each, for what an interrupt would lose
             write_json(json, {"results": results}, torch_device)
     if plot is not None and found:
         _plot_all(found, plot)
     if len(found) < len(archs):
         raise SystemExit(1)
+
+
+def _find_one(
+    learn: Learner,
+    formats: list[TrainFormat] | None,
+    compile: bool,
+    budget: float | None,
+    built_in: bool,
+    verify: bool,
+) -> tuple[FormatTimings, dict[str, Any]]:
+    "The timings of one architecture, which it prints, and their record."
+    candidates = new_candidates(learn, formats, compile)
+    fastai_own = Candidate(TrainFormat(True, "fp16"), lambda learn: learn._orig_to_channelslast(), is_choice=False)
+    started = time.perf_counter()
+    timings = find_format(learn, [*candidates, *([fastai_own] if built_in else [])], budget)
+    seconds = round(time.perf_counter() - started, 1)
+    print(timings)
+    result = {"seconds": seconds, **_timings_record(timings)}
+    if built_in:
+        result["built_in"] = _row_record(fastai_own.row)
+        ms = fastai_own.row.error or f"{fastai_own.row.ms:.2f} ms (IQR {fastai_own.row.iqr:.2f})"
+        print(f"fastai's own to_channelslast(): {ms}")
+    if verify:
+        result["verified"] = _verify(learn, timings, budget)
+    return timings, result
+
+
+def _give_back_memory() -> None:
+    "Free what nothing refers to, Learners and their callbacks that refer to each other included."
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def to_formats(

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -316,6 +317,21 @@ def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_
     assert ended.value.code == 1 and "error: vit_b_16" in captured.err and "ResNet (input" in captured.out
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert "error" in results[0] and results[1]["best"] == "contiguous fp32"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_find_holds_one_architecture_at_a_time(find, monkeypatch):
+    models, alive, real = [], [], cli.new_learner
+
+    def watch(*args):
+        alive.append([model() is not None for model in models])
+        learn = real(*args)
+        models.append(weakref.ref(learn.model))
+        return learn
+
+    monkeypatch.setattr(cli, "new_learner", watch)
+    find("--arch", "resnet18", "mobilenetv3_small_050", "resnet10t", "--formats", "contiguous fp32")
+    assert alive == [[], [False], [False, False]] and models[-1]() is None
 
 
 def test_values_of_an_option_in_every_way():
