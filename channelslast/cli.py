@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -45,7 +46,7 @@ from channelslast.memory_format import module_to_memory_format, supports_channel
 from channelslast.precision import accelerated_dtypes, amp_mode_of, autocast_dtype
 from channelslast.restore import unchanged_modules
 from channelslast.summary import FormatSummary, format_summary
-from channelslast.timings import FormatTiming, FormatTimings
+from channelslast.timings import FormatTiming, FormatTimings, shorten
 from channelslast.trace import tensors_in
 
 __all__ = ["main", "new_model", "summary", "to_amp_mode", "to_device"]
@@ -66,6 +67,10 @@ def fail(message: str) -> NoReturn:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _in_one_line(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def to_device(
@@ -351,6 +356,7 @@ def summary(
     device: str = None,  # cpu, cuda, cuda:1, ...; default: fastai's choice
     amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
     json: str = None,  # also write the result to this file
+    verbose: bool = False,  # print the whole traceback of a model's error
 ):
     "Show where a model loses channels last in a training step on random images, and what it costs."
     if arch is None:
@@ -375,6 +381,8 @@ def summary(
         try:
             result = format_summary(model, *inputs)
         except Exception as error:
+            if verbose:
+                traceback.print_exc()
             fail(f"{arch} rejects {bs} images of {size} px: {_first_line(error)}")
     print(result)
     if json is not None:
@@ -437,6 +445,7 @@ def find(
     verify: bool = False,  # afterwards measure those again that are close to the best
     plot: str = None,  # also draw the bars, to this file
     json: str = None,  # also write the results to this file
+    verbose: bool = False,  # print the whole traceback of a model's error
 ):
     "Time a training step in each format, contiguous and channels last, and tell which to train in."
     if arch is None:
@@ -466,8 +475,10 @@ def find(
             found[name], result = _find_one(learn, chosen, compile, budget, built_in, verify)
             results.append({"arch": name, "bs": bs, "opt": opt, **result})
         except Exception as error:
-            print(f"{Path(sys.argv[0]).name}: error: {name}: {_first_line(error)}", file=sys.stderr)
-            results.append({"arch": name, "error": str(error)})
+            if verbose:
+                traceback.print_exc()
+            print(f"{Path(sys.argv[0]).name}: error: {name}: {_in_one_line(error)}", file=sys.stderr)
+            results.append({"arch": name, "error": _in_one_line(error)})
         learn = None
         _give_back_memory()  # before the next is built
         if json is not None:  # after each, for what an interrupt would lose

@@ -164,6 +164,22 @@ def test_model_that_says_nothing_about_what_it_rejects(fails, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_traceback_of_a_model_is_printed_on_demand(run, capsys, monkeypatch, bf16_cpu, verbose):
+    class Typo(torch.nn.Conv2d):
+        def forward(self, x):
+            return no_such_name  # noqa: F821
+
+    monkeypatch.setattr(cli, "new_model", lambda *args, **kwargs: Typo(3, 3, 1))
+    for command, code in (("summary", 2), ("find", 1)):
+        with pytest.raises(SystemExit) as ended:
+            run(command, "--arch", "resnet18", "--size", 32, "--device", "cpu", *(["--verbose"] if verbose else []))
+        printed = capsys.readouterr().err
+        assert ended.value.code == code and "name 'no_such_name' is not defined" in printed.splitlines()[-1]
+        assert ("return no_such_name" in printed) == verbose
+        assert verbose or len(printed.splitlines()) == 1
+
+
 def test_json_that_cannot_be_written(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--json", tmp_path)
