@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from channelslast import find, precision
+from channelslast.memory_format import is_channels_last
 
 torch.set_num_threads(1)  # more wait for one another longer than they compute on tensors as small as these
 
@@ -152,6 +153,16 @@ def digits_folder(tmp_path_factory):
         file.parent.mkdir(exist_ok=True)
         Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
     return folder
+
+
+def formats_of(model):
+    "Whether the weights and buffers of `model` are channels last, of those that do not lie alike in both formats."
+    found = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        if memory_format and not (tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format)):
+            found.add(is_channels_last(tensor))
+    return found
 
 
 def tensors_of(model):
