@@ -1,7 +1,6 @@
 "Channels last on fastai's `Learner`: the callback, the methods that add and remove it, and portable checkpoints."
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,10 @@ from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parameter import is_lazy
 
 from channelslast.memory_format import (
     VIEW_ERROR,
+    contiguous_weights,
     conv_ndims,
     has_lazy_parameters,
     is_channels_last,
@@ -380,22 +379,8 @@ def export(
     """
     opt, dls = self.opt, self.dls
     try:
-        with _contiguous_weights(self.model):
+        with contiguous_weights(self.model):
             _export(self, fname, *args, **kwargs)
     except BaseException:  # fastai's own takes both away
         self.opt, self.dls = opt, dls
         raise
-
-
-@contextmanager
-def _contiguous_weights(model: nn.Module) -> Iterator[None]:
-    "Parameters and buffers of `model` are contiguous inside, and those that they were again after it."
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
-    before = [tensor.data for tensor in tensors]
-    try:
-        for tensor, data in zip(tensors, state_to_contiguous(before)):
-            tensor.data = data
-        yield
-    finally:
-        for tensor, data in zip(tensors, before):
-            tensor.data = data

@@ -2,7 +2,8 @@
 
 import copy
 from collections import UserString
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -206,22 +207,74 @@ def module_to_memory_format(
     """Put the 4D and 5D parameters and buffers of `module` in channels last (or contiguous) format, in place.
 
     Gradients follow. Parameters and buffers stay the same objects, so optimizers still hold them, and those that
-    share their memory still do. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
+    share their memory still do: tied weights are converted as one; two that overlap in another way, as a parameter and
+    a slice of it, stay as they are. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
     models with 5D weights too, which go to `torch.channels_last_3d`.
     """
     _check("module", module, nn.Module)
     _check("channels_last", channels_last, bool)
-    converted: dict[tuple, Tensor] = {}
-    for tensor in _tensors(module):
-        if tensor.ndim in CHANNELS_LAST:
-            tensor.data = _convert_once(tensor.data, channels_last, converted)
-            if isinstance(tensor, nn.Parameter):
-                match_strides(tensor.grad, tensor)
+    for tensor, data in _converted(module, channels_last):
+        tensor.data = data
+        if isinstance(tensor, nn.Parameter):
+            match_strides(tensor.grad, tensor)
     return module
 
 
+@contextmanager
+def contiguous_weights(
+    module: nn.Module,
+) -> Iterator[None]:
+    "Parameters and buffers of `module` are contiguous inside, and lie in the memory that they had again after it."
+    converted = list(_converted(module, channels_last=False))
+    before = [(tensor, tensor.data) for tensor, _ in converted]
+    try:
+        for tensor, data in converted:
+            tensor.data = data
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _converted(module: nn.Module, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    "The 4D and 5D parameters and buffers of `module`, each with the data to give it."
+    tensors = _tensors(module)
+    entangled = _entangled(tensors)
+    converted: dict[tuple, Tensor] = {}
+    for tensor in tensors:
+        if tensor.ndim in CHANNELS_LAST:
+            stays = id(tensor) in entangled
+            yield tensor, tensor.data if stays else _convert_once(tensor.data, channels_last, converted)
+
+
+def _entangled(tensors: Iterable[Tensor]) -> set[int]:
+    """The `id` of each tensor whose memory overlaps that of another which lies differently in it, as a slice does.
+
+    Goes by the first and the last byte of each, so the even and the odd channels of a tensor count as overlapping.
+    """
+    views: dict[tuple, list[int]] = {}  # tied weights are one and the same view
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.numel() == 0 or tensor.data_ptr() == 0:
+            continue
+        start = tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        end = start + (last + 1) * tensor.element_size()
+        view = (str(tensor.device), start, end, tensor.shape, tensor.stride(), str(tensor.dtype))
+        views.setdefault(view, []).append(id(tensor))
+    found = set()
+    furthest = None  # of the views so far, the one that ends last
+    for view in sorted(views):
+        device, start, end = view[:3]
+        is_first = furthest is None or furthest[0] != device
+        if not is_first and start < furthest[2]:
+            found |= {view, furthest}
+        if is_first or end > furthest[2]:
+            furthest = view
+    return {tensor_id for view in found for tensor_id in views[view]}
+
+
 def match_strides(
-    tensor: Any,  # a gradient or optimizer state of `param`; what is no tensor of its shape stays as it is
+    tensor: Tensor | None,  # a gradient or optimizer state of `param`; of another shape, it stays as it is
     param: Tensor,
 ) -> None:
     "Give `tensor` the strides of `param`, in place."

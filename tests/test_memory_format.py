@@ -247,6 +247,49 @@ def test_parameters_that_share_memory_still_do():
     assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
 
 
+def one_memory(how):
+    "Two convolutions of which the second's weight lies in the memory of the first's, in another way."
+    model = nn.ModuleList([nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)])
+    model[1].weight = nn.Parameter(how(model[0].weight.data))
+    return model
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda weight: weight[1:3],
+        lambda weight: weight[:, 3:],
+        lambda weight: weight.view(6, 4, 3, 3),
+        lambda weight: weight.transpose(2, 3),
+        lambda weight: weight.flatten(),
+        lambda weight: weight[0],
+    ],
+    ids=["slice", "channels", "view", "transpose", "flat", "item"],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_parameter_and_a_part_of_it_go_on_sharing_memory(how, channels_last):
+    model = one_memory(how)
+    model.append(nn.Conv2d(3, 4, 3))  # which goes its way
+    model.append(nn.Conv2d(6, 4, 3))
+    model[3].weight = nn.Parameter(model[0].weight.data)
+    whole, part = model[0].weight, model[1].weight
+    module_to_memory_format(model, channels_last)
+    with torch.no_grad():
+        whole.fill_(7)
+    assert (part == 7).all() and (model[3].weight == 7).all()
+    assert model[0].weight is whole and model[1].weight is part
+    assert is_channels_last(model[2].weight) is channels_last
+
+
+def test_parameters_side_by_side_in_one_memory_are_converted():
+    memory = torch.randn(2 * 108)
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)])
+    for i, conv in enumerate(model):
+        conv.weight = nn.Parameter(memory[108 * i : 108 * (i + 1)].view(4, 3, 3, 3))
+    module_to_memory_format(model)
+    assert all(is_channels_last(conv.weight) for conv in model)
+
+
 class Wrapper(torch.Tensor):
     "A tensor that holds another and has no memory of its own, as DTensor does."
 
