@@ -1,8 +1,8 @@
 "What memory format a tensor is in, and how to convert tensors, batches, modules and optimizer state."
 
 import copy
-from collections import UserString
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,8 @@ def to_memory_format(
     """`batch` with its 4D and 5D tensors in channels last (or contiguous) format.
 
     Tensors in that format already, tensors of other ranks and everything that is no tensor come back as they are,
-    and so does a container in which nothing changed. Subclasses of `Tensor` keep their type and attributes.
+    and so does a container in which nothing changed, or whose class cannot be made from its items. Subclasses of
+    `Tensor` keep their type and attributes.
     """
     _check("channels_last", channels_last, bool)
     return _map_tensors(lambda tensor: _convert(tensor, channels_last) if tensor.ndim in ndims else tensor, batch)
@@ -101,36 +102,57 @@ def state_to_contiguous(
     return _map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
 
 
+_ARRAYS = (array, bytearray, memoryview)  # sequences of numbers, which may be long
+
+
+def _is_walked(batch: Any) -> bool:
+    "Whether `batch` is a sequence in which to look for tensors: a tuple, or one that takes items, as a text does not."
+    if isinstance(batch, tuple):
+        return True
+    return isinstance(batch, Sequence) and hasattr(batch, "__setitem__") and not isinstance(batch, _ARRAYS)
+
+
 def _map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     "`batch` with `function` applied to its tensors; the same containers where nothing changed."
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        changed = {}
-        for key, value in batch.items():
-            new = _map_tensors(function, value)
-            if new is not value:
-                changed[key] = new
-        if not changed:
-            return batch
-        if not isinstance(batch, MutableMapping):
+        items = batch.items()
+    elif _is_walked(batch):
+        items = enumerate(batch)
+    else:
+        return batch
+    changed = {}
+    for key, value in items:
+        new = _map_tensors(function, value)
+        if new is not value:
+            changed[key] = new
+    return _replace_items(batch, changed) if changed else batch
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping) or _is_walked(batch):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_in(item)
+
+
+def _replace_items(batch: Any, changed: dict[Any, Any]) -> Any:
+    "A container as `batch`, with the items in `changed`; `batch` itself where its class cannot be made from items."
+    if isinstance(batch, tuple) and hasattr(batch, "_replace"):  # a named tuple
+        return batch._replace(**{batch._fields[i]: item for i, item in changed.items()})
+    try:
+        if isinstance(batch, (dict, list)) or hasattr(type(batch), "__copy__"):
+            result = copy.copy(batch)  # keeps what a subclass carries, as a state dict its version
+            for key, item in changed.items():
+                result[key] = item
+            return result
+        if isinstance(batch, Mapping):
             return type(batch)({**batch, **changed})
-        result = copy.copy(batch)  # keeps what a subclass carries, as a state dict its version
-        result.update(changed)
-        return result
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes, UserString)):
-        items = [_map_tensors(function, item) for item in batch]
-        if all(new is old for new, old in zip(items, batch, strict=True)):
-            return batch
-        if hasattr(batch, "_replace"):  # a named tuple
-            return batch._replace(**dict(zip(batch._fields, items, strict=True)))
-        if not isinstance(batch, MutableSequence):
-            return type(batch)(items)
-        result = copy.copy(batch)
-        for i, item in enumerate(items):
-            result[i] = item
-        return result
-    return batch
+        return type(batch)([changed.get(i, item) for i, item in enumerate(batch)])
+    except Exception:  # of a class of the user's, whose constructor takes something else
+        return batch
 
 
 def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
@@ -288,14 +310,16 @@ def optimizer_to_memory_format(
 ) -> Any:
     """Give the state of `optimizer` the memory format of the parameters it belongs to, in place.
 
-    Concerns 4D and 5D state of its parameter's shape, as Adam's moments and SGD's momentum buffer. A fused or foreach
-    kernel takes its slow path where state, gradient and parameter differ in strides. Returns `optimizer`.
+    Concerns 4D and 5D state of its parameter's shape, as Adam's moments and SGD's momentum buffer, nested in any way.
+    A fused or foreach kernel takes its slow path where state, gradient and parameter differ in strides. Returns
+    `optimizer`.
     """
     _check("optimizer.state", getattr(optimizer, "state", None), Mapping)
     for param, state in optimizer.state.items():
-        if param.ndim in CHANNELS_LAST:
-            for value in state.values():
-                match_strides(value, param)
+        # not every key is a parameter: fastai's `norm_bias_params` takes a GRU's `bias`, which is True, for one
+        if isinstance(param, Tensor) and param.ndim in CHANNELS_LAST:
+            for tensor in _tensors_in(state):
+                match_strides(tensor, param)
     return optimizer
 
 

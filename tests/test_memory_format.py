@@ -3,9 +3,11 @@
 import itertools
 import subprocess
 import sys
-from collections import OrderedDict, UserString, deque, namedtuple
-from collections.abc import Mapping
+from array import array
+from collections import OrderedDict, UserList, UserString, deque, namedtuple
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +171,63 @@ def test_containers_of_all_kinds_keep_what_they_carry():
     assert to_memory_format(UserString("text")) == "text"
     nested = torch.nested.nested_tensor([torch.randn(3, 4, 4), torch.randn(3, 5, 5)])
     assert to_memory_format(nested) is nested
+
+
+class Letters(Sequence):
+    "Makes its items when they are asked for, each a text of its own kind, as a text does."
+
+    def __init__(self, text):
+        self.text = text
+
+    def __len__(self):
+        return len(self.text)
+
+    def __getitem__(self, i):
+        assert len(self.text) > 1, "looked into a text"
+        return Letters(self.text[i])
+
+
+class SizedTuple(tuple):
+    "A tuple whose constructor takes more than its items."
+
+    def __new__(cls, items, size):
+        return super().__new__(cls, items)
+
+
+class Endless(Sequence):
+    "Something that nobody should look into."
+
+    def __len__(self):
+        return 10**12
+
+    def __getitem__(self, i):
+        raise AssertionError("looked into it")
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [range(10**12), Letters("abc"), UserString("abc"), b"abc", bytearray(9), memoryview(bytearray(9)), Endless()],
+    ids=lambda sequence: type(sequence).__name__,
+)
+def test_sequence_that_is_no_container_comes_back_as_it_is(sequence):
+    image = torch.randn(2, 3, 4, 4)
+    converted = to_memory_format((image, sequence, [sequence]))
+    assert is_channels_last(converted[0]) and converted[1] is sequence and converted[2][0] is sequence
+
+
+def test_sequence_of_numbers_comes_back_as_it_is():
+    numbers = [1000, 2000.5]
+    for sequence in (array("d", numbers), L(numbers), UserList(numbers), deque(numbers), np.array(numbers)):
+        batch = (torch.randn(2, 3), sequence)
+        assert to_memory_format(batch) is batch
+
+
+def test_sequence_that_cannot_be_rebuilt_comes_back_as_it_is():
+    image = torch.randn(2, 3, 4, 4)
+    sized = SizedTuple([image], size=7)
+    converted = to_memory_format((image, sized))
+    assert is_channels_last(converted[0]) and converted[1] is sized
+    assert not is_channels_last(sized[0])
 
 
 def test_read_only_mapping_is_taken():
@@ -420,6 +479,36 @@ def test_optimizer_state_keeps_its_dtype():
     state = optimizer.state[param]
     assert state["momentum_buffer"].dtype is torch.float64 and is_channels_last(state["momentum_buffer"])
     assert state["step"] == 3
+
+
+def test_nested_optimizer_state_follows():
+    param, flat = nn.Parameter(torch.randn(4, 3, 2, 2)), nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.SGD([param, flat], lr=0.1)
+    history = [torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)]
+    nested, pair = {"m": torch.randn(4, 3, 2, 2), "other": torch.randn(2, 3, 4, 4)}, (torch.randn(4, 3, 2, 2), 3)
+    state = {"history": history, "nested": nested, "pair": pair, "seen": range(3), "step": 3}
+    alone, elsewhere = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    optimizer.state[param] = state
+    optimizer.state[flat] = {"history": [torch.randn(3)], "image": elsewhere}
+    optimizer.state[True] = {"force_train": True, "image": elsewhere}
+    optimizer.state["step"] = 7
+    optimizer.state["all"] = [elsewhere]
+    values = [(tensor, tensor.clone()) for tensor in (*history, *nested.values(), pair[0], alone, elsewhere)]
+    for channels_last in (True, False):
+        param.data = to_memory_format(param.data, channels_last)
+        optimizer_to_memory_format(optimizer)
+        assert [is_channels_last(tensor) for tensor in (*history, nested["m"], pair[0])] == [channels_last] * 4
+        assert not is_channels_last(nested["other"]) and not is_channels_last(elsewhere)
+    assert all(torch.equal(tensor, copy) for tensor, copy in values)
+    assert state == {"history": history, "nested": nested, "pair": pair, "seen": range(3), "step": 3}
+
+
+def test_optimizer_state_that_is_no_dict_follows():
+    param = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.state[param] = [torch.randn(4, 3, 2, 2)]
+    optimizer_to_memory_format(optimizer)
+    assert is_channels_last(optimizer.state[param][0])
 
 
 @pytest.mark.parametrize(
