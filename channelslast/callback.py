@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 
 from channelslast.memory_format import (
     VIEW_ERROR,
+    batch_to_contiguous,
     contiguous_weights,
     conv_ndims,
     has_lazy_parameters,
@@ -151,6 +152,9 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
     def after_pred(self):
         if self.has_lazy:  # the first forward pass gave them their shape
             self.before_fit()
+        if self.is_on and not self.training:
+            # what `get_preds` returns, and saves; and `.view`, with which it makes one loss of each item, needs it
+            self.learn.pred = batch_to_contiguous(self.pred)
 
     def after_exception(self, error: BaseException):
         if not isinstance(error, FIT_GOES_ON):

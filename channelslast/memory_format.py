@@ -102,6 +102,13 @@ def state_to_contiguous(
     return _map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
 
 
+def batch_to_contiguous(
+    batch: Any,  # a tensor, or tensors nested in any way
+) -> Any:
+    "`batch` with its tensors, of any rank, contiguous."
+    return _map_tensors(_to_contiguous, batch)
+
+
 _ARRAYS = (array, bytearray, memoryview)  # sequences of numbers, which may be long
 
 
@@ -164,6 +171,13 @@ def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
     new = tensor.to(memory_format=memory_format).contiguous(memory_format=memory_format)
     # N111 has one set of strides, of which `to` makes a copy each time
     return tensor if new.stride() == tensor.stride() else _like(new, tensor)
+
+
+def _to_contiguous(tensor: Tensor) -> Tensor:
+    tensor = _convert(tensor, channels_last=False)  # also where the values lie the same way in both formats
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_contiguous():
+        return tensor
+    return _like(tensor.contiguous(), tensor)
 
 
 def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Tensor]) -> Tensor:
