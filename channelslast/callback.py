@@ -9,7 +9,7 @@ from warnings import warn
 from weakref import WeakKeyDictionary
 
 import torch
-from fastai.callback import channelslast as fastai_channelslast  # imported first: its patches would undo ours
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast  # first: its patches would undo ours
 from fastai.learner import Learner, save_model
 from fastai.optimizer import Lookahead
 from fastai.torch_core import get_model, ismin_torch, num_distrib
@@ -86,7 +86,7 @@ class TrainFormat:
         return f"learn.to_format({self!r})"
 
 
-class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
+class ChannelsLast(PickledByName, FastaiChannelsLast):
     """Train in channels last: convert the model, its gradients and the optimizer state before a fit, and its inputs.
 
     The memory format alone: mixed precision is another callback, see `Learner.to_channelslast` for both. 4D weights go
@@ -97,19 +97,16 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
     # After the callbacks that make a batch (`CastToTensor` is the last), before `DistributedTrainer` wraps the model
     order = MixedPrecision.order
 
-    def __init__(self):
-        super().__init__()
-        self.is_on = False
-        self.has_lazy = False
-        self.input_ndims = set()
-        self.hooks = []
-        self.told = set()
+    # Here, and not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
+    is_on = has_lazy = False
+    input_ndims, hooks = (), ()
+    told = frozenset()
 
     def before_fit(self):
         device = training_device(self.learn)
         reliable = supports_channels_last(device)
         self.has_lazy = has_lazy_parameters(self.model)
-        self.input_ndims = conv_ndims(self.model) if reliable else set()
+        self.input_ndims = conv_ndims(self.model) if reliable else ()
         has_ndims = bool(module_ndims(self.model) or self.input_ndims)
         self.is_on = reliable and has_ndims
         if not reliable:
@@ -142,7 +139,7 @@ class ChannelsLast(PickledByName, fastai_channelslast.ChannelsLast):
 
     def _warn_once(self, message: str):
         if message not in self.told:
-            self.told.add(message)
+            self.told |= {message}
             warn(message)
 
     def before_batch(self):
@@ -283,7 +280,7 @@ def to_format(
 @patch(as_prop=True)
 def train_format(self: Learner) -> TrainFormat:
     "The format in which the next fit trains: what the device makes of the precision asked for, and the compile mode."
-    channels_last = any(isinstance(cb, fastai_channelslast.ChannelsLast) for cb in self.cbs)
+    channels_last = any(isinstance(cb, FastaiChannelsLast) for cb in self.cbs)
     channels_last = channels_last and supports_channels_last(training_device(self))
     return TrainFormat(channels_last, amp_mode_in_use(self), _compile_mode(self.model))
 
@@ -291,7 +288,7 @@ def train_format(self: Learner) -> TrainFormat:
 def _set_channels_last(learn: Learner, channels_last: bool) -> None:
     ours = [cb for cb in learn.cbs if isinstance(cb, ChannelsLast)]
     keep = ours[:1] if channels_last else []
-    remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, fastai_channelslast.ChannelsLast) and cb not in keep])
+    remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, FastaiChannelsLast) and cb not in keep])
     for cb in ours:
         cb._remove_hooks()
     if channels_last and not keep:

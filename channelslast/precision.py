@@ -11,7 +11,6 @@ from typing import Any
 from warnings import warn
 
 import torch
-from fastai.callback import fp16 as fastai_fp16
 from fastai.callback.core import (
     Callback,
     CancelEpochException,
@@ -21,7 +20,8 @@ from fastai.callback.core import (
     CancelValidException,
     TrainEvalCallback,
 )
-from fastai.callback.fp16 import AMPMode
+from fastai.callback.fp16 import AMPMode, ModelToHalf, NonNativeMixedPrecision
+from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, ismin_torch, num_distrib
@@ -171,6 +171,9 @@ def check_scaler_options(
 
 # The callback
 
+# Every kind of mixed precision that can be on a Learner
+MIXED_PRECISIONS = (FastaiMixedPrecision, NonNativeMixedPrecision, ModelToHalf)
+
 # What may leave a loop over batches while the fit goes on
 FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
 
@@ -239,13 +242,18 @@ class _ByName:
         return BaseConfigurator.resolve, (BaseConfigurator, f"{self.cls.__module__}.{self.cls.__qualname__}")
 
 
-class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
+class MixedPrecision(PickledByName, FastaiMixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
     A dtype that the device does not accelerate is replaced with a warning, see `autocast_dtype`. Takes the options of
     `torch.amp.GradScaler`, `enabled=False` included; bfloat16 has the range of float32 and needs no scaler. An
     exception or an interrupt inside a batch leaves autocast as it was.
     """
+
+    # Here, and not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
+    entered = ()
+    told = frozenset()
+    loss_copy = None
 
     __signature__ = None  # not that of fastai's class, but of:
 
@@ -257,9 +265,6 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
     ):
         check_scaler_options(kwargs)
         super().__init__(to_amp_mode(amp_mode), **kwargs)
-        self.entered = []
-        self.told = set()
-        self.loss_copy = None
         if kwargs and self.amp_mode is AMPMode.BF16:
             warn(f"{', '.join(kwargs)}: without effect, bfloat16 needs no GradScaler")
         if len(kwargs) > 1 and kwargs.get("enabled") is False:
@@ -275,14 +280,14 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
         if dtype is not torch.float16 and self.amp_mode is AMPMode.FP16 and self.kwargs:
             why += f"; without effect there: {', '.join(self.kwargs)}"
         if why and why not in self.told:
-            self.told.add(why)
+            self.told |= {why}
             warn(why)
         return dtype
 
     def before_fit(self):
         newest = get_mixed_precision(self.learn)
         for cb in self.learn.cbs:  # two at once would scale the loss twice; fastai resets `run` after the fit
-            if isinstance(cb, fastai_fp16.MixedPrecision) and cb is not newest:
+            if isinstance(cb, FastaiMixedPrecision) and cb is not newest:
                 cb.run = False
         if self is not newest:
             return
@@ -328,7 +333,7 @@ class MixedPrecision(PickledByName, fastai_fp16.MixedPrecision):
         if self.training and not isinstance(error, (*FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None
             for cb in self.learn.cbs:
-                if isinstance(cb, fastai_fp16.MixedPrecision):
+                if isinstance(cb, FastaiMixedPrecision):
                     cb.run = True
         drop_gradients(self.learn, error)
 
@@ -410,11 +415,17 @@ def to_bf16(self: Learner) -> Learner:
     return set_precision(self, choose_precision(self, AMPMode.BF16))
 
 
+@patch
+def to_fp32(self: Learner) -> Learner:
+    "Train in float32, without mixed precision of any kind."
+    return set_precision(self, None)
+
+
 def get_mixed_precision(
     learn: Learner,
-) -> fastai_fp16.MixedPrecision | None:
+) -> FastaiMixedPrecision | None:
     "The MixedPrecision on `learn`, the newest if there are several. (`learn.mixed_precision` may be the model's.)"
-    found = [cb for cb in learn.cbs if isinstance(cb, fastai_fp16.MixedPrecision)]
+    found = [cb for cb in learn.cbs if isinstance(cb, FastaiMixedPrecision)]
     return found[-1] if found else None
 
 
@@ -433,7 +444,7 @@ def choose_precision(
     learn: Learner,
     amp_mode: str | AMPMode | None,  # None: float32
     **kwargs,
-) -> fastai_fp16.MixedPrecision | None:
+) -> FastaiMixedPrecision | None:
     """The callback with which `learn` trains in `amp_mode`, None for float32; `kwargs` are GradScaler's options.
 
     The one on `learn` where it already is of that mode, unless other options are given. Makes every check that can be
@@ -447,7 +458,7 @@ def choose_precision(
     amp_mode, chosen = to_amp_mode(amp_mode), get_mixed_precision(learn)
     if chosen is None or chosen.amp_mode is not amp_mode or (kwargs and kwargs != chosen.kwargs):
         chosen = MixedPrecision(amp_mode, **kwargs)
-    elif type(chosen) is fastai_fp16.MixedPrecision:  # which autocasts on CUDA alone
+    elif type(chosen) is FastaiMixedPrecision:  # which autocasts on CUDA alone
         chosen = MixedPrecision(amp_mode, **(chosen.kwargs if amp_mode is AMPMode.FP16 else {}))
     if isinstance(chosen, MixedPrecision):
         chosen.dtype_on(training_device(learn))
@@ -456,11 +467,10 @@ def choose_precision(
 
 def set_precision(
     learn: Learner,
-    precision: fastai_fp16.MixedPrecision | None,  # None: float32
+    precision: FastaiMixedPrecision | None,  # None: float32
 ) -> Learner:
     "Make `precision` the only mixed precision on `learn`, whatever kind it held."
-    kinds = (fastai_fp16.MixedPrecision, fastai_fp16.NonNativeMixedPrecision, fastai_fp16.ModelToHalf)
-    remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, kinds) and cb is not precision])
+    remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, MIXED_PRECISIONS) and cb is not precision])
     if precision is not None and precision not in learn.cbs:
         learn.add_cb(precision)
     return learn

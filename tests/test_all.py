@@ -1,43 +1,180 @@
-"Importing the package, in any order, and what a star import gives."
+"Importing the package, in any order with fastai, and what a star import gives."
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-IMPORTS = {
-    "fastai first": "from fastai.vision.all import *; from channelslast.all import *",
-    "ours first": "from channelslast.all import *; from fastai.vision.all import *",
-    "ours alone": "from fastai.learner import Learner; import channelslast.callback",
-    "fastai's callback last": (
-        "from fastai.learner import Learner; from channelslast.callback import *; from fastai.callback.all import *"
-    ),
+import channelslast
+from channelslast import callback, find, memory_format, precision, summary
+
+PUBLIC = {name for module in (callback, find, memory_format, precision, summary) for name in module.__all__}
+METHODS = {
+    "to_channelslast": "callback",
+    "to_contiguous": "callback",
+    "to_format": "callback",
+    "save": "callback",
+    "export": "callback",
+    "to_fp16": "precision",
+    "to_bf16": "precision",
+    "to_fp32": "precision",
+    "all_batches": "precision",
+    "format_find": "find",
+    "format_summary": "summary",
 }
 
 
-@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
-def test_our_methods_win_whatever_the_import_order(imports):
-    methods = ["to_channelslast", "to_contiguous", "to_fp16", "to_bf16", "save", "all_batches"]
-    code = f"{imports}\nprint(*[getattr(Learner, name).__module__ for name in {methods}])"
-    printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
-    modules = printed.stdout.split()
-    assert modules[:2] == ["channelslast.callback"] * 2 and modules[4] == "channelslast.callback"
-    assert modules[2:4] == ["channelslast.precision"] * 2 and modules[5] == "channelslast.precision"
+def run(code):
+    "Run `code` in a fresh process; what it prints."
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_star_import_after_fastais_gives_our_names():
-    namespace = {}
-    exec("from fastai.vision.all import *\nfrom channelslast.all import *", namespace)
-    for name in ("ChannelsLast", "MixedPrecision", "TrainFormat", "get_memory_format", "to_memory_format"):
-        assert namespace[name].__module__.startswith("channelslast."), name
+IMPORTS = {  # a process each, as an import of fastai takes seconds
+    "fastai first": "from fastai.vision.all import *; from channelslast.all import *",
+    "ours first": "from channelslast.all import *; from fastai.vision.all import *",
+    "the package alone, last": "from fastai.text.all import *; import channelslast",
+    "one of its modules, first": "import channelslast.memory_format; from fastai.callback.all import *",
+}
+# The names in `__main__`, and those that star imports of fastai's modules leave then
+REPORT = f"""
+import importlib, json
+from fastai.learner import Learner
+
+def modules(names):
+    return {{name: names[name].__module__ for name in ("ChannelsLast", "MixedPrecision") if name in names}}
+
+methods = {{name: getattr(Learner, name).__module__ for name in {[*METHODS]}}}
+report = {{"main": modules(globals()), "methods": methods}}
+for name in ("callback.all", "callback.fp16", "callback.channelslast", "vision.all", "text.all", "tabular.all"):
+    names = {{}}
+    exec(f"from fastai.{{name}} import *", names)
+    report[name] = modules(names)
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module", params=IMPORTS.values(), ids=IMPORTS)
+def report(request):
+    return json.loads(run(request.param + REPORT))
+
+
+def test_our_methods_win_whatever_the_import_order(report):
+    assert report["methods"] == {name: f"channelslast.{module}" for name, module in METHODS.items()}
+
+
+def test_star_imports_of_fastai_leave_our_classes_behind_whatever_the_import_order(report):
+    ours = {"ChannelsLast": "channelslast.callback", "MixedPrecision": "channelslast.precision"}
+    for name in ("main", "callback.all", "vision.all", "text.all", "tabular.all"):
+        assert report[name] == ours, name
+    assert report["callback.fp16"] == {"MixedPrecision": ours["MixedPrecision"]}
+    assert report["callback.channelslast"] == {"ChannelsLast": ours["ChannelsLast"]}
+
+
+@pytest.mark.parametrize("module", ["channelslast", "channelslast.all"])
+def test_star_import_gives_every_public_name(module):
+    names = {}
+    exec(f"from {module} import *", names)
+    del names["__builtins__"]
+    assert set(names) == PUBLIC >= {"ChannelsLast", "MixedPrecision", "TrainFormat", "get_memory_format", "AMPMode"}
+    assert all(names[name] is getattr(channelslast, name) for name in PUBLIC)
+
+
+# A Learner that fastai alone has made, with its own callbacks, before the package is imported
+BEFORE = """
+import json, pickle, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+from fastai.vision.all import *
+from copy import deepcopy
+
+class Items(list):
+    def new_empty(self):
+        return self
+
+def learner():
+    items = Items(zip(torch.randn(8, 3, 8, 8), torch.arange(8) % 2))
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device="cpu")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), path=Path(sys.argv[1]))
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn.to_channelslast(amp_mode="bf16")
+
+learners = [learner() for _ in range(6)]
+learners[0].fit(1)
+theirs = ChannelsLast, MixedPrecision
+pickled = pickle.dumps(learners[0])
+learners[0].export("theirs.pkl")
+"""
+AFTER = """
+import channelslast
+ours = channelslast.ChannelsLast, channelslast.MixedPrecision
+
+def kinds(learn):
+    cbs = [cb for cb in learn.cbs if isinstance(cb, theirs)]
+    return ["ours" if isinstance(cb, ours) else "theirs" for cb in cbs]
+
+def trains(learn):
+    learn.fit(1)
+    return bool(learn.recorder.losses[-1].isfinite())
+
+fits, replaced, contiguous, fp32, copied, removed = learners
+again = pickle.loads(pickle.dumps(copied))
+copied_cbs = deepcopy(copied.cbs)
+old = pickle.loads(pickled)
+old.dls = fits.dls
+loaded = load_learner(Path(sys.argv[1]) / "theirs.pkl", cpu=False)
+loaded.dls = fits.dls
+results = {
+    "fits": trains(fits) and kinds(fits),
+    "replaced": trains(replaced.to_channelslast(amp_mode="bf16")) and kinds(replaced),
+    "contiguous": trains(contiguous.to_contiguous(to_fp32=True)) and kinds(contiguous),
+    "fp32": trains(fp32.to_fp32()) and kinds(fp32),
+    "removed": kinds(removed.remove_cbs(theirs)),
+    "pickled": trains(again) and kinds(again),
+    "copied": ["ours" if isinstance(cb, ours) else "theirs" for cb in copied_cbs if isinstance(cb, theirs)],
+    "pickled by fastai alone": trains(old) and kinds(old),
+    "loaded as fastai alone exported it": trains(loaded) and kinds(loaded),
+    "loaded on the cpu": kinds(load_learner(Path(sys.argv[1]) / "theirs.pkl")),
+}
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def made_before(tmp_path_factory):
+    code = [sys.executable, "-c", BEFORE + AFTER, str(tmp_path_factory.mktemp("learners"))]
+    result = subprocess.run(code, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "what, kinds",
+    {
+        "fits": ["theirs", "theirs"],
+        "replaced": ["ours", "ours"],
+        "contiguous": [],
+        "fp32": ["theirs"],
+        "removed": [],
+        "pickled": ["theirs", "theirs"],
+        "copied": ["theirs", "theirs"],
+        "pickled by fastai alone": ["ours", "ours"],
+        "loaded as fastai alone exported it": ["ours", "ours"],
+        "loaded on the cpu": [],
+    }.items(),
+)
+def test_learner_that_fastai_made_before_the_import_goes_on(made_before, what, kinds):
+    assert made_before[what] == kinds
 
 
 def test_package_tells_its_version():
-    import channelslast
-
     assert channelslast.__version__
 
 
 def test_works_without_accelerate():
-    code = "import sys; sys.modules['accelerate'] = None; import channelslast.all, channelslast.cli"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    run("import sys; sys.modules['accelerate'] = None; import channelslast.all, channelslast.cli")

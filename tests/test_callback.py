@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, TinyVideoNet, new_dls, wrapped_adamw
-from fastai.callback import channelslast as fastai_channelslast
-from fastai.callback import fp16 as fastai_fp16
 from fastai.callback import schedule  # noqa: F401, for `fine_tune`
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.distributed import DistributedTrainer
@@ -27,9 +26,9 @@ from torch import nn
 from torch.amp import GradScaler
 
 from channelslast import callback, memory_format, precision
-from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.callback import ChannelsLast, FastaiChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last
-from channelslast.precision import AMPMode, MixedPrecision
+from channelslast.precision import AMPMode, FastaiMixedPrecision, MixedPrecision
 
 
 def all_channels_last(tensors):
@@ -442,9 +441,9 @@ def test_every_call_returns_the_learner_and_calling_twice_changes_nothing(learn,
 def test_another_precision_replaces_the_precision(learn, bf16_cpu):
     learn.to_channelslast(amp_mode="fp16")
     learn.to_channelslast(amp_mode=AMPMode.BF16)
-    assert learn.mixed_precision.amp_mode is AMPMode.BF16 and count(learn, fastai_fp16.MixedPrecision) == 1
+    assert learn.mixed_precision.amp_mode is AMPMode.BF16 and count(learn, FastaiMixedPrecision) == 1
     learn.to_channelslast(use_amp=False)
-    assert count(learn, fastai_fp16.MixedPrecision) == 0 and count(learn, ChannelsLast) == 1
+    assert count(learn, FastaiMixedPrecision) == 0 and count(learn, ChannelsLast) == 1
 
 
 def test_same_precision_keeps_its_options_unless_others_are_given(learn, fp16_cpu):
@@ -456,18 +455,16 @@ def test_same_precision_keeps_its_options_unless_others_are_given(learn, fp16_cp
 
 HELD_BEFORE = {
     "nothing": lambda learn: learn,
-    "fastai's ChannelsLast": lambda learn: learn.add_cb(fastai_channelslast.ChannelsLast()),
-    "fastai's MixedPrecision": lambda learn: learn.add_cb(fastai_fp16.MixedPrecision()),
-    "both of fastai's": lambda learn: learn._orig_to_channelslast(),
-    "both of fastai's in bf16": lambda learn: learn._orig_to_channelslast(amp_mode="bf16"),
+    "fastai's ChannelsLast": lambda learn: learn.add_cb(FastaiChannelsLast()),
+    "fastai's MixedPrecision": lambda learn: learn.add_cb(FastaiMixedPrecision()),
+    "both of fastai's": lambda learn: learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision()]),
+    "both of fastai's in bf16": lambda learn: learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision("bf16")]),
     "ours": lambda learn: learn.to_channelslast(),
     "ours in float32": lambda learn: learn.to_channelslast(use_amp=False),
     "ours, added by hand": lambda learn: learn.add_cbs([ChannelsLast, MixedPrecision]),
-    "ours and fastai's": lambda learn: learn.to_channelslast().add_cbs(
-        [fastai_channelslast.ChannelsLast(), fastai_fp16.MixedPrecision()]
-    ),
+    "ours and fastai's": lambda learn: learn.to_channelslast().add_cbs([FastaiChannelsLast(), FastaiMixedPrecision()]),
     "to_fp16": lambda learn: learn.to_fp16(),
-    "two of fastai's MixedPrecision": lambda learn: learn.add_cbs([fastai_fp16.MixedPrecision] * 2),
+    "two of fastai's MixedPrecision": lambda learn: learn.add_cbs([FastaiMixedPrecision] * 2),
 }
 
 
@@ -476,17 +473,17 @@ HELD_BEFORE = {
 def test_result_is_the_same_whatever_the_learner_held_before(new_learner, bf16_cpu, before, fitted):
     learn = new_learner()
     before(learn)
-    if fitted and count(learn, fastai_fp16.MixedPrecision) < 2:
+    if fitted and count(learn, FastaiMixedPrecision) < 2:
         learn.fit(1)
     assert learn.to_channelslast(amp_mode="bf16") is learn
-    assert [type(cb) for cb in learn.cbs if isinstance(cb, fastai_channelslast.ChannelsLast)] == [ChannelsLast]
-    assert [type(cb) for cb in learn.cbs if isinstance(cb, fastai_fp16.MixedPrecision)] == [MixedPrecision]
+    assert [type(cb) for cb in learn.cbs if isinstance(cb, FastaiChannelsLast)] == [ChannelsLast]
+    assert [type(cb) for cb in learn.cbs if isinstance(cb, FastaiMixedPrecision)] == [MixedPrecision]
     assert learn.mixed_precision.amp_mode is AMPMode.BF16 and isinstance(learn.channels_last, ChannelsLast)
     learn.fit(1)
     assert_format(learn, True)
     before(learn)
     assert learn.to_contiguous(to_fp32=True) is learn
-    assert count(learn, fastai_channelslast.ChannelsLast) == count(learn, fastai_fp16.MixedPrecision) == 0
+    assert count(learn, FastaiChannelsLast) == count(learn, FastaiMixedPrecision) == 0
     assert_format(learn, False)
     learn.fit(1)
     assert_format(learn, False)
@@ -515,18 +512,18 @@ def test_to_contiguous_keeps_mixed_precision_unless_told(learn, bf16_cpu):
 @pytest.mark.parametrize("kind", ["MixedPrecision", "NonNativeMixedPrecision"])
 def test_to_fp32_takes_every_kind_of_mixed_precision_off(learn, kind):
     if kind == "MixedPrecision":
-        learn.add_cb(fastai_fp16.MixedPrecision())
+        learn.add_cb(FastaiMixedPrecision())
     else:
         learn.to_non_native_fp16()
     learn.to_contiguous()
-    kinds = (fastai_fp16.MixedPrecision, fastai_fp16.NonNativeMixedPrecision, fastai_fp16.ModelToHalf)
+    kinds = (FastaiMixedPrecision, NonNativeMixedPrecision, ModelToHalf)
     assert count(learn, kinds) > 0
     learn.to_contiguous(to_fp32=True)
     assert count(learn, kinds) == 0
 
 
 def test_to_contiguous_leaves_mixed_precision_alone(new_learner, monkeypatch):
-    theirs = fastai_fp16.MixedPrecision("bf16")
+    theirs = FastaiMixedPrecision("bf16")
     learn = new_learner(cbs=[theirs, ChannelsLast()])
     monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
     monkeypatch.setattr(precision, "training_device", lambda learn: torch.device("cuda"))
@@ -534,7 +531,7 @@ def test_to_contiguous_leaves_mixed_precision_alone(new_learner, monkeypatch):
 
 
 def test_plain_cbs_of_fastais_mixed_precision_work(new_learner):
-    learn = new_learner(cbs=[fastai_fp16.MixedPrecision(), ChannelsLast()])
+    learn = new_learner(cbs=[FastaiMixedPrecision(), ChannelsLast()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
         learn.fit(1)
@@ -543,9 +540,9 @@ def test_plain_cbs_of_fastais_mixed_precision_work(new_learner):
 
 def test_one_mixed_precision_with_to_fp16_before_and_after(learn, bf16_cpu):
     learn.to_fp16().to_channelslast(amp_mode="bf16")
-    assert count(learn, fastai_fp16.MixedPrecision) == 1
+    assert count(learn, FastaiMixedPrecision) == 1
     learn.to_fp16()
-    assert count(learn, fastai_fp16.MixedPrecision) == count(learn, ChannelsLast) == 1
+    assert count(learn, FastaiMixedPrecision) == count(learn, ChannelsLast) == 1
 
 
 def test_signature_shows_every_option():
@@ -852,7 +849,7 @@ class UsersChannelsLast(ChannelsLast):
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_callback_comes_back_from_a_pickle_with_its_class_and_attributes(cls, protocol):
     cb = cls()
-    cb.told.add("a warning")
+    cb.told |= {"a warning"}
     pickled = pickle.dumps(cb, protocol)
     loaded = pickle.loads(pickled)
     assert type(loaded) is cls and all(vars(loaded)[name] == value for name, value in vars(cb).items())

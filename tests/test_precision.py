@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 from conftest import in_a_thread, new_dls
-from fastai.callback import fp16 as fastai_fp16
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, load_learner
@@ -19,13 +18,20 @@ from torch import nn
 from torch.amp import GradScaler
 
 from channelslast import precision
-from channelslast.precision import AMPMode, MixedPrecision, accelerated_dtypes, autocast_dtype, training_device
+from channelslast.precision import (
+    AMPMode,
+    FastaiMixedPrecision,
+    MixedPrecision,
+    accelerated_dtypes,
+    autocast_dtype,
+    training_device,
+)
 
 OPTIONS = dict(init_scale=8.0, growth_factor=3.0, backoff_factor=0.25, growth_interval=5, enabled=True)
 
 
 def mixed_precisions(learn):
-    return [cb for cb in learn.cbs if isinstance(cb, fastai_fp16.MixedPrecision)]
+    return [cb for cb in learn.cbs if isinstance(cb, FastaiMixedPrecision)]
 
 
 def autocast_state():
@@ -564,14 +570,14 @@ def test_one_mixed_precision_whatever_the_order_of_calls(bf16_cpu, learn):
 
 
 def test_fastai_mixed_precision_is_replaced_with_its_options(bf16_cpu, new_learner):
-    learn = new_learner(cbs=fastai_fp16.MixedPrecision(init_scale=16.0))
+    learn = new_learner(cbs=FastaiMixedPrecision(init_scale=16.0))
     learn.to_fp16()
     assert [type(cb) for cb in mixed_precisions(learn)] == [MixedPrecision]
     assert learn.mixed_precision.kwargs == {"init_scale": 16.0}
 
 
 def test_fastai_mixed_precision_in_bf16_is_replaced_without_a_word(bf16_cpu, new_learner):
-    learn = new_learner(cbs=fastai_fp16.MixedPrecision("bf16"))
+    learn = new_learner(cbs=FastaiMixedPrecision("bf16"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
         learn.fit(1)
@@ -581,7 +587,7 @@ def test_fastai_mixed_precision_in_bf16_is_replaced_without_a_word(bf16_cpu, new
     assert [type(cb) for cb in mixed_precisions(learn)] == [MixedPrecision]
 
 
-@pytest.mark.parametrize("cls", [MixedPrecision, fastai_fp16.MixedPrecision])
+@pytest.mark.parametrize("cls", [MixedPrecision, FastaiMixedPrecision])
 def test_newest_of_several_trains_alone(fp16_cpu, new_learner, cls):
     learn = new_learner(linear, cbs=cls("fp16", init_scale=4.0))
     scales = []
@@ -597,7 +603,7 @@ def test_newest_of_several_trains_alone(fp16_cpu, new_learner, cls):
 
 def test_older_one_trains_again_after_a_fit_with_a_newer_was_interrupted(bf16_cpu, new_learner):
     spy = Spy()
-    learn = new_learner(cbs=[fastai_fp16.MixedPrecision("bf16"), MixedPrecision("bf16"), spy])
+    learn = new_learner(cbs=[FastaiMixedPrecision("bf16"), MixedPrecision("bf16"), spy])
     older = learn.cbs[-3], learn.cbs[-2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fastai's autocasts on CUDA alone, and says so
@@ -620,7 +626,7 @@ def test_same_options_again_change_nothing(fp16_cpu, learn):
 
 
 def test_subclass_of_the_users_stays(bf16_cpu, new_learner):
-    class Mine(fastai_fp16.MixedPrecision):
+    class Mine(FastaiMixedPrecision):
         pass
 
     mine = Mine()
@@ -631,7 +637,7 @@ def test_subclass_of_the_users_stays(bf16_cpu, new_learner):
 def test_model_attribute_of_the_callbacks_name_is_no_obstacle(bf16_cpu, new_learner):
     learn = new_learner()
     learn.model.mixed_precision = "the model's"
-    learn.to_fp16().to_bf16().add_cb(fastai_fp16.MixedPrecision())
+    learn.to_fp16().to_bf16().add_cb(FastaiMixedPrecision())
     assert len(mixed_precisions(learn.to_fp16())) == 1
     assert not mixed_precisions(learn.to_fp32())
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import new_dls
 from fastai import distributed  # noqa: F401, for `to_parallel`
-from fastai.callback import fp16 as fastai_fp16
 from fastai.callback import schedule  # noqa: F401, for `fine_tune`, `fit_one_cycle` and `lr_find`
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
@@ -34,7 +33,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last
-from channelslast.precision import MixedPrecision
+from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 
 
 class Net(nn.Module):
@@ -454,7 +453,7 @@ def test_last_call_wins_in_every_order(new_learner, bf16_cpu, names):
         channels_last = channels_last if new_format is None else new_format
         asked = new_precision or asked
         assert learn.train_format == TrainFormat(channels_last, None if asked == "fp32" else "bf16")
-        assert count(learn, fastai_fp16.MixedPrecision) == (asked != "fp32")
+        assert count(learn, FastaiMixedPrecision) == (asked != "fp32")
         assert count(learn, ChannelsLast) == channels_last
         autocast, before = set(), copied_parameters(learn.model)
         learn.spy.clear()

@@ -29,9 +29,10 @@ from torch import nn
 from torch.amp import GradScaler, autocast
 
 from channelslast import cli
-from channelslast.callback import ChannelsLast
+from channelslast.callback import ChannelsLast, FastaiChannelsLast
 from channelslast.cli import Batches, fused_adamw, made_with
 from channelslast.memory_format import module_to_memory_format, optimizer_to_memory_format
+from channelslast.precision import FastaiMixedPrecision
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 N_CLASSES = 1000
@@ -163,7 +164,9 @@ def main(
     new_learner = partial(LearnerLoop, arch, batches, device, synchronize, opt_func)
     new_contender = {
         "channelslast": lambda: new_learner(lambda learn: learn.to_channelslast(amp_mode=amp_mode)),
-        "fastai built-in": lambda: new_learner(lambda learn: learn._orig_to_channelslast(amp_mode=amp_mode)),
+        "fastai built-in": lambda: new_learner(
+            lambda learn: learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision(amp_mode)])
+        ),
         "plain PyTorch loop": lambda: PlainLoop(arch, batches, device, synchronize, amp_mode),
     }
     contenders = {name: make() for name, make in new_contender.items()}
