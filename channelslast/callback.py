@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast  # first: its patches would undo ours
-from fastai.learner import Learner, save_model
+from fastai.learner import Learner, load_model, save_model
 from fastai.optimizer import Lookahead
 from fastai.torch_core import get_model, ismin_torch, num_distrib
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from channelslast.memory_format import (
     VIEW_ERROR,
@@ -196,7 +197,7 @@ def add_note(
 
 def _raised_in(error: BaseException, model: nn.Module) -> str:
     "The innermost module of `model` whose code was running when `error` was raised, in words."
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in uncompiled(model).named_modules()}
     found = "the code after the model"
     traceback = error.__traceback__
     while traceback is not None:
@@ -238,7 +239,7 @@ def to_channelslast(
     if not isinstance(use_amp, bool):
         raise ValueError(f"use_amp={use_amp!r}: pass True or False")
     mode = to_amp_mode(amp_mode).value
-    return self.to_format(TrainFormat(True, mode if use_amp else None, _compile_mode(self.model)), **kwargs)
+    return self.to_format(TrainFormat(True, mode if use_amp else None, compile_mode(self.model)), **kwargs)
 
 
 @patch
@@ -251,7 +252,7 @@ def to_contiguous(
     Mixed precision stays as it is, unless `to_fp32=True`.
     """
     if to_fp32:
-        return self.to_format(TrainFormat(False, None, _compile_mode(self.model)))
+        return self.to_format(TrainFormat(False, None, compile_mode(self.model)))
     _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is
     return self
 
@@ -272,7 +273,7 @@ def to_format(
             f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(channels_last=True, amp_mode='fp16')"
         )
     precision = choose_precision(self, fmt.amp_mode, **kwargs)
-    _set_compile_mode(self.model, fmt.compile)
+    _set_compile_mode(self, fmt.compile)
     _set_channels_last(self, fmt.channels_last)
     return set_precision(self, precision)
 
@@ -282,7 +283,7 @@ def train_format(self: Learner) -> TrainFormat:
     "The format in which the next fit trains: what the device makes of the precision asked for, and the compile mode."
     channels_last = any(isinstance(cb, FastaiChannelsLast) for cb in self.cbs)
     channels_last = channels_last and supports_channels_last(training_device(self))
-    return TrainFormat(channels_last, amp_mode_in_use(self), _compile_mode(self.model))
+    return TrainFormat(channels_last, amp_mode_in_use(self), compile_mode(self.model))
 
 
 def _set_channels_last(learn: Learner, channels_last: bool) -> None:
@@ -301,19 +302,46 @@ def _set_channels_last(learn: Learner, channels_last: bool) -> None:
 _modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    "The module in the wrapper that `torch.compile(model)` returns; any other `model` itself."
+    if type(model).__module__.startswith("torch._dynamo."):  # the class has no public name
+        (model,) = model.children()
+    return model
+
+
 def _wrapper(model: nn.Module) -> Any:
     "PyTorch's wrapper around a module that is compiled in place; without one, or without its name, the module itself."
     return getattr(model, "_compiled_call_impl", None) or model
 
 
-def _compile_mode(model: nn.Module) -> str | None:
-    "The mode in which `model` is compiled in place, None for eager; 'default' where its owner compiled it."
+def compile_mode(model: nn.Module) -> str | None:
+    "The mode in which PyTorch compiles `model`, in place or in a wrapper module; None for eager."
+    if uncompiled(model) is not model:
+        return _told_mode(model)
     wrapper = _wrapper(model)
-    return _modes.get(wrapper, None if wrapper is model else "default")
+    return _modes.get(wrapper, None if wrapper is model else _told_mode(wrapper))
 
 
-def _set_compile_mode(model: nn.Module, mode: str | None) -> None:
-    if mode == _compile_mode(model):
+def _told_mode(compiled: Callable) -> str:
+    "The mode that what `torch.compile` returned tells of itself; 'default' where it tells nothing, as a copy does."
+    config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
+    if config is None:
+        return "default"
+    options = torch._inductor.list_mode_options()
+    modes = sorted(COMPILE_MODES, key=lambda mode: len(options[mode]), reverse=True)  # 'default' has none
+    return next(mode for mode in modes if options[mode].items() <= config.items())
+
+
+def _set_compile_mode(learn: Learner, mode: str | None) -> None:
+    "Compile the model of `learn` in place, or no longer; out of its wrapper, if it was in one of another mode."
+    if mode != compile_mode(learn.model):
+        model = uncompiled(learn.model)
+        _compile_in_place(model, mode)
+        learn.model = model
+
+
+def _compile_in_place(model: nn.Module, mode: str | None) -> None:
+    if mode == compile_mode(model):
         return
     if mode is not None:
         model.compile(mode=mode)
@@ -355,12 +383,42 @@ def save(
 ) -> Path:
     """Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, in contiguous format.
 
-    Plain PyTorch and safetensors read the file; `load` puts it into a channels last model as well as a contiguous one.
+    Plain PyTorch and safetensors read the file; `load` puts it into a channels last model as well as a contiguous one,
+    into a compiled one as well as an eager one.
     """
     file = join_path_file(file, self.path / self.model_dir, ext=".pth")
     opt = self.opt and _Portable(self.opt)
-    save_model(file, _Portable(get_model(self.model)), opt, **kwargs)
+    save_model(file, _Portable(uncompiled(get_model(self.model))), opt, **kwargs)
     return file
+
+
+_load = Learner.load
+
+
+@patch
+@delegates(load_model)
+def load(
+    self: Learner,
+    file: str | Path,  # name in `self.path/self.model_dir`, without its ending
+    device: torch.device | str | int | None = None,  # to load to, that of the DataLoaders by default
+    **kwargs,
+) -> Learner:
+    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file`, whatever the format.
+
+    Also what fastai alone saved of a model in the wrapper that `torch.compile` returns.
+    """
+    model = self.model
+    self.model = uncompiled(get_model(model))
+    hook = self.model.register_load_state_dict_pre_hook(_drop_prefix)
+    try:
+        return _load(self, file, device, **kwargs)
+    finally:
+        self.model = model
+        hook.remove()
+
+
+def _drop_prefix(module: nn.Module, state: dict[str, Any], *_) -> None:
+    consume_prefix_in_state_dict_if_present(state, "_orig_mod.")  # the name of the module in PyTorch's wrapper
 
 
 _export = Learner.export

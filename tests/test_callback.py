@@ -736,6 +736,100 @@ def test_copy_of_a_compiled_learner_is_not_compiled(learn, count_compiles):
     assert learn.train_format.compile is None
 
 
+# The wrapper that `torch.compile(model)` returns
+
+
+def wrapped(**kwargs):
+    "A function that makes a TinyNet in PyTorch's wrapper, compiled by a backend that runs it as it is."
+    return lambda: torch.compile(TinyNet(), **{"backend": "eager", **kwargs})
+
+
+def test_pytorch_still_names_its_wrapper_as_we_know_it():
+    model = nn.Sequential(nn.Linear(2, 2))
+    wrapper = torch.compile(model)
+    assert callback.uncompiled(wrapper) is model and callback.uncompiled(model) is model
+    assert next(iter(wrapper.state_dict())) == "_orig_mod.0.weight"
+
+
+@pytest.mark.parametrize("mode", [None, *callback.COMPILE_MODES])
+def test_wrapped_model_is_reported_as_compiled_in_its_mode(new_learner, mode):
+    learn = new_learner(lambda: torch.compile(TinyNet(), mode=mode))
+    assert learn.train_format == TrainFormat(compile=mode or "default")
+    learn.model = torch.compile(TinyNet(), mode=mode, backend="eager")
+    assert learn.train_format == TrainFormat(compile="default")
+    learn.model = TinyNet()
+    learn.model.compile(mode=mode)
+    assert learn.train_format == TrainFormat(compile=mode or "default")
+
+
+def test_wrapped_model_of_the_mode_asked_for_is_compiled_no_more(new_learner, bf16_cpu):
+    learn = new_learner(wrapped())
+    model = learn.model
+    for change in (
+        lambda: learn.to_format(TrainFormat(True, compile="default")),
+        lambda: learn.to_channelslast(amp_mode="bf16"),
+        lambda: learn.to_contiguous(),
+        lambda: learn.to_contiguous(to_fp32=True),
+    ):
+        assert change() is learn and learn.model is model
+        assert learn.train_format.compile == "default"
+        assert vars(callback.uncompiled(model)).get("_compiled_call_impl") is None
+    learn.to_channelslast(use_amp=False).fit(1)
+    assert_format(learn, True)
+    learn.to_contiguous()
+    assert_format(learn, False)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_other_mode_takes_the_model_out_of_its_wrapper(new_learner, monkeypatch, mode):
+    learn = new_learner(wrapped())
+    wrapper, model = learn.model, callback.uncompiled(learn.model)
+    learn.fit(1)
+    params = list(model.parameters())
+    calls = []
+
+    def compile(call, mode=None, disable=False):
+        return lambda *args: calls.append(mode) or call(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", compile)
+        learn.to_format(TrainFormat(True, compile=mode))
+        assert learn.model is model and learn.model is not wrapper
+        assert learn.train_format == TrainFormat(True, compile=mode)
+        before = [param.detach().clone() for param in params]
+        learn.fit(1)
+    assert set(calls) == ({mode} if mode else set())
+    assert all(a is b for a, b in zip(params, learn.model.parameters(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(params, before))
+    assert_format(learn, True)
+
+
+def test_failure_to_compile_leaves_the_model_in_its_wrapper(new_learner, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    learn = new_learner(wrapped())
+    model = learn.model
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        learn.to_format(TrainFormat(True, compile="reduce-overhead"))
+    assert learn.model is model and learn.train_format == TrainFormat(compile="default")
+
+
+def test_inputs_of_a_wrapped_model_are_converted(new_learner):
+    spy = InputFormats()
+    new_learner(wrapped(), cbs=[ChannelsLast(), spy]).fit(1)
+    assert spy.formats == [True]
+
+
+def test_copy_of_a_wrapped_model_is_reported_as_compiled(new_learner):
+    learn = new_learner(wrapped())
+    learn.model = copy.deepcopy(learn.model)
+    assert learn.train_format == TrainFormat(compile="default")
+    learn.to_format(TrainFormat())
+    assert type(learn.model) is TinyNet
+
+
 # A model that cannot read channels last
 
 
@@ -765,6 +859,13 @@ def test_view_error_reaches_the_user_with_a_note(new_learner):
     assert note in "".join(traceback.format_exception(error))
     learn.to_contiguous()
     learn.fit(1)
+
+
+def test_note_names_the_module_in_a_wrapped_model(new_learner):
+    learn = new_learner(lambda: torch.compile(Views(), backend="eager"), cbs=ChannelsLast())
+    with pytest.raises(RuntimeError) as caught, torch.compiler.set_stance("force_eager"):
+        learn.fit(1)
+    assert "`decoder.1` (Head)" in caught.value.__notes__[0]
 
 
 def test_view_error_in_the_model_itself(new_learner):

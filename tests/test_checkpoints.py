@@ -171,6 +171,45 @@ def test_saving_inside_an_epoch_does_not_disturb_it(trained):
     assert is_in_channels_last(saving.model)
 
 
+def wrapped_net():
+    "image_net in the wrapper that `torch.compile` returns."
+    return torch.compile(image_net(), backend="eager")
+
+
+@pytest.mark.parametrize("saves", [image_net, wrapped_net])
+@pytest.mark.parametrize("loads", [image_net, wrapped_net])
+@pytest.mark.parametrize("by_fastai_alone", [False, True])
+def test_file_of_a_wrapped_model_is_that_of_the_model(new_learner, tmp_path, saves, loads, by_fastai_alone):
+    saving, loading = (new_learner(model, path=tmp_path).to_channelslast(use_amp=False) for model in (saves, loads))
+    saving.fit(1)
+    file = saving.save("file")
+    assert torch.load(file, weights_only=False)["model"].keys() == image_net().state_dict().keys()
+    if by_fastai_alone:
+        save_model(file, saving.model, saving.opt)
+    model = loading.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert loading.load("file") is loading
+    assert loading.model is model and not model._load_state_dict_pre_hooks
+    assert same(saving.model.state_dict(), loading.model.state_dict())
+    assert same(saving.opt.state_dict(), loading.opt.state_dict())
+    loading.fit(1)
+    assert is_in_channels_last(loading.model)
+
+
+def test_loading_that_fails_leaves_the_model_in_its_wrapper(new_learner, tmp_path):
+    learn = new_learner(wrapped_net, path=tmp_path)
+    model = learn.model
+    torch.save({"something": "else"}, tmp_path / "other.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        learn.load(tmp_path / "other")
+    assert learn.model is model and not model._load_state_dict_pre_hooks
+
+
+def test_load_shows_the_options_of_load_model():
+    assert {"file", "device", "with_opt", "strict"} <= set(inspect.signature(Learner.load).parameters)
+
+
 # Checkpoint callbacks
 
 
