@@ -1,6 +1,7 @@
 "Channels last on fastai's `Learner`: the callback, the methods that add and remove it, and portable checkpoints."
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastai.learner import Learner, load_model, save_model
 from fastai.optimizer import Lookahead
 from fastai.torch_core import get_model, ismin_torch, num_distrib
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import Tensor, nn
@@ -38,9 +40,9 @@ from channelslast.memory_format import (
 )
 from channelslast.precision import (
     FIT_GOES_ON,
+    MIXED_PRECISIONS,
     AMPMode,
     MixedPrecision,
-    PickledByName,
     amp_mode_in_use,
     choose_precision,
     drop_gradients,
@@ -87,7 +89,7 @@ class TrainFormat:
         return f"learn.to_format({self!r})"
 
 
-class ChannelsLast(PickledByName, FastaiChannelsLast):
+class ChannelsLast(FastaiChannelsLast):
     """Train in channels last: convert the model, its gradients and the optimizer state before a fit, and its inputs.
 
     The memory format alone: mixed precision is another callback, see `Learner.to_channelslast` for both. 4D weights go
@@ -421,6 +423,9 @@ def _drop_prefix(module: nn.Module, state: dict[str, Any], *_) -> None:
     consume_prefix_in_state_dict_if_present(state, "_orig_mod.")  # the name of the module in PyTorch's wrapper
 
 
+# Callbacks that stay out of a file of `export`; fastai's `load_learner` drops them on a CPU
+_NOT_EXPORTED = (FastaiChannelsLast, *MIXED_PRECISIONS)
+
 _export = Learner.export
 
 
@@ -432,14 +437,26 @@ def export(
     *args,
     **kwargs,
 ) -> None:
-    """Export the content of `self` without the items and the optimizer state for inference, the model contiguous.
+    """Export the content of `self` without the items and the optimizer state for inference.
 
-    The callbacks go with it: a file that needs only fastai is one from after `to_contiguous(to_fp32=True)`.
+    The file loads where only fastai is: a contiguous model that is not compiled, and no `ChannelsLast` or mixed
+    precision. Call `to_channelslast` or `to_format` on what `load_learner` returns. `self` stays as it is.
     """
-    opt, dls = self.opt, self.dls
+    with _as_fastai_has_it(self):
+        _export(self, fname, *args, **kwargs)
+
+
+@contextmanager
+def _as_fastai_has_it(learn: Learner) -> Iterator[None]:
+    "Inside, `learn` is contiguous, in float32, not compiled, without our callbacks. After it, it is as it was."
+    attributes = dict(vars(learn))
     try:
-        with contiguous_weights(self.model):
-            _export(self, fname, *args, **kwargs)
-    except BaseException:  # fastai's own takes both away
-        self.opt, self.dls = opt, dls
-        raise
+        learn.model = uncompiled(learn.model)
+        learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, _NOT_EXPORTED))
+        for name, value in attributes.items():
+            if isinstance(value, _NOT_EXPORTED):
+                delattr(learn, name)
+        with contiguous_weights(learn.model):
+            yield
+    finally:
+        vars(learn).update(attributes)

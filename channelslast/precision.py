@@ -4,7 +4,6 @@ import platform
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cache, partial
-from logging.config import BaseConfigurator
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -215,34 +214,7 @@ def drop_gradients(
         learn.opt.zero_grad()
 
 
-class PickledByName:
-    """A callback whose pickle fails with an error that names this package where it cannot be imported.
-
-    fastai's `load_learner` swallows an `ImportError`, and fails further on with one that tells nothing. Python's
-    logging has a function that finds a class by its name and raises `ValueError`.
-    """
-
-    def __reduce_ex__(self, protocol):
-        reduced = super().__reduce_ex__(protocol)
-        if type(self).__module__.partition(".")[0] != __package__:  # a class of the user's
-            return reduced
-        return _ByName(type(self)), (), *reduced[2:]
-
-
-class _ByName:
-    "Makes objects of a class without calling its `__init__`; in a pickle, the class itself, found by its name."
-
-    def __init__(self, cls: type):
-        self.cls = cls
-
-    def __call__(self) -> Any:
-        return self.cls.__new__(self.cls)
-
-    def __reduce__(self):
-        return BaseConfigurator.resolve, (BaseConfigurator, f"{self.cls.__module__}.{self.cls.__qualname__}")
-
-
-class MixedPrecision(PickledByName, FastaiMixedPrecision):
+class MixedPrecision(FastaiMixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
     A dtype that the device does not accelerate is replaced with a warning, see `autocast_dtype`. Takes the options of

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import warnings
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +36,7 @@ from torch import nn
 
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last, state_to_contiguous
-from channelslast.precision import MixedPrecision
+from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 
 
 def image_net(n_out=3):
@@ -512,22 +513,12 @@ def test_exported_learner_loads_on_the_cpu_as_contiguous_float32(digits_learner,
     assert torch.equal(probabilities(loaded, an_image(digits_folder)), expected)
 
 
-def test_exported_learner_loads_as_it_was(digits_learner, digits_folder):
-    digits_learner.export()
-    loaded = load_learner(digits_learner.path / "export.pkl", cpu=False)
-    assert loaded.train_format == TrainFormat(True, "bf16")
-    assert same(loaded.model.state_dict(), digits_learner.model.state_dict())
-    expected = probabilities(digits_learner, an_image(digits_folder))
-    assert torch.equal(probabilities(loaded, an_image(digits_folder)), expected)
-    assert is_in_channels_last(loaded.model)
-
-
 @pytest.mark.parametrize("cpu", [True, False])
-def test_exported_learner_trains_on(digits_learner, cpu):
+def test_exported_learner_trains_on_as_it_is_told(digits_learner, cpu):
     digits_learner.export()
     loaded = load_learner(digits_learner.path / "export.pkl", cpu=cpu)
-    if cpu:
-        digits_learner.to_contiguous(to_fp32=True)
+    assert loaded.train_format == TrainFormat()
+    loaded.to_format(digits_learner.train_format)
     losses = []
     for learn in (digits_learner, loaded):
         learn.dls = digits_learner.dls
@@ -539,7 +530,7 @@ def test_exported_learner_trains_on(digits_learner, cpu):
         losses.append(recorded.seen)
     assert same(*losses)
     assert same(digits_learner.model.state_dict(), loaded.model.state_dict())
-    assert is_in_channels_last(loaded.model) is not cpu
+    assert is_in_channels_last(loaded.model)
 
 
 @pytest.mark.parametrize("opt_func", [Adam, wrapped_adamw, ranger])
@@ -555,15 +546,79 @@ def test_exporting_does_not_disturb_the_learner(trained, opt_func):
     assert_same_state(plain, exported)
 
 
-def test_export_that_fails_leaves_the_learner_as_it_was(new_learner, tmp_path):
-    learn = new_learner(path=tmp_path).to_channelslast(use_amp=False)
+class UsersPrecision(MixedPrecision):
+    pass
+
+
+def learner_to_export(new_learner, path, cbs=()):
+    "A Learner with callbacks of all kinds, in an order that is not that of their names."
+    learn = new_learner(wrapped_net, path=path, cbs=[Snapshots(), ChannelsLast, GetsBetter(1.0), *cbs])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fastai's MixedPrecision autocasts on CUDA alone, and says so
+        learn.fit(1)
+    learn.dls.new_empty = noop
+    learn.logger = noop
+    return learn
+
+
+def everything(learn):
+    tensors = [*learn.model.parameters(), *learn.model.buffers()]
+    opt = learn.opt.state_dict()
+    return (
+        {name: id(value) for name, value in vars(learn).items()},
+        [id(cb) for cb in learn.cbs],
+        [{name: id(value) for name, value in vars(cb).items()} for cb in learn.cbs],
+        [(id(tensor), tensor.data_ptr(), tensor.stride()) for tensor in tensors],
+        [(tensor.data_ptr(), tensor.stride()) for tensor in tensors_in(opt)],
+        [dict(hypers) for hypers in learn.opt.hypers],
+        learn.opt.frozen_idx,
+        learn.train_format,
+    )
+
+
+@pytest.mark.parametrize("cbs", [[MixedPrecision("bf16")], [FastaiMixedPrecision()], [UsersPrecision("bf16")], []])
+@pytest.mark.parametrize("error", [None, RuntimeError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_export_leaves_the_learner_exactly_as_it_was(new_learner, bf16_cpu, tmp_path, monkeypatch, cbs, error):
+    learn = learner_to_export(new_learner, tmp_path, cbs)
+    learn.opt.frozen_idx = 3
+    before, seen = everything(learn), []
+
+    def save(exported, *args, **kwargs):
+        seen.append((type(exported.model), [type(cb).__module__.partition(".")[0] for cb in exported.cbs]))
+        assert is_canonical(exported.model.state_dict())
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    if error is None:
+        learn.export()
+    else:
+        with pytest.raises(type(error)):
+            learn.export()
+    ((model, packages),) = seen
+    assert model is nn.Sequential and "channelslast" not in packages
+    assert everything(learn) == before
+    learn.model(torch.randn(2, 3, 8, 8))
+    monkeypatch.undo()
+    learn.logger = noop
     learn.fit(1)
-    learn.dls.new_empty = lambda: "empty"
-    opt, dls, weights = learn.opt, learn.dls, [param.data_ptr() for param in learn.model.parameters()]
+    assert is_in_channels_last(learn.model)
+
+
+def test_export_that_cannot_be_written_leaves_the_learner_as_it_was(new_learner, tmp_path):
+    learn = learner_to_export(new_learner, tmp_path)
+    before = everything(learn)
     with pytest.raises(AttributeError):
         learn.export("never.pkl", "no pickle module")
-    assert learn.opt is opt and learn.dls is dls
-    assert [param.data_ptr() for param in learn.model.parameters()] == weights
+    assert everything(learn) == before
+
+
+@pytest.mark.parametrize("cbs", [[MixedPrecision("bf16")], [FastaiMixedPrecision()], [UsersPrecision("bf16")]])
+def test_exported_file_names_nothing_of_this_package(new_learner, bf16_cpu, tmp_path, cbs):
+    learner_to_export(new_learner, tmp_path, cbs).export()
+    with zipfile.ZipFile(tmp_path / "export.pkl") as file:
+        (pickled,) = [file.read(name) for name in file.namelist() if name.endswith("data.pkl")]
+    assert b"channelslast" not in pickled and b"MixedPrecision" not in pickled and b"_dynamo" not in pickled
 
 
 def test_exported_file_holds_contiguous_tensors(digits_learner):
@@ -625,7 +680,9 @@ def exported_program(file):
 def learner(file):
     learn = load_learner(file)
     with learn.no_mbar():
-        return {"state": learn.model.state_dict(), "output": learn.predict(image)[2]}
+        output = learn.predict(image)[2]
+    kept = [cb.name for cb in load_learner(file, cpu=False).cbs if cb.name in ("channels_last", "mixed_precision")]
+    return {"state": learn.model.state_dict(), "output": output, "format": (type(learn.model).__name__, kept)}
 
 
 readers = {
@@ -676,8 +733,11 @@ def elsewhere(tmp_path_factory, digits_folder):
             file = images.save(images.path / opt_func.__name__)
             expected[file.name] = copy.deepcopy({"model": images.model.state_dict(), "opt": images.opt.state_dict()})
         images.export("direct.pkl")
+        images.to_channelslast().export("asked for fp16.pkl")
         images.to_contiguous(to_fp32=True).export("contiguous.pkl")
-        expected["contiguous.pkl"] = {"state": images.model.state_dict(), "output": probabilities(images, image)}
+        expected["pkl"] = {"state": images.model.state_dict(), "output": probabilities(images, image)}
+        images.model = torch.compile(images.model)
+        images.to_channelslast(amp_mode="bf16").export("compiled.pkl")
     script = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(image)]
     result = subprocess.run(script, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -733,15 +793,13 @@ def test_fastai_loads_a_checkpoint_without_the_package(elsewhere):
     assert same(elsewhere.read["learn.load"], elsewhere.expected["Adam.pth"])
 
 
-def test_learner_exported_after_to_contiguous_loads_without_the_package(elsewhere):
-    read, expected = elsewhere.read["image_net/contiguous.pkl"], elsewhere.expected["contiguous.pkl"]
+@pytest.mark.parametrize("file", ["direct", "asked for fp16", "compiled", "contiguous"])
+def test_exported_learner_loads_without_the_package(elsewhere, file):
+    read, expected = elsewhere.read[f"image_net/{file}.pkl"], elsewhere.expected["pkl"]
     assert same(read["state"], expected["state"])
     assert is_canonical(read["state"])
     assert torch.allclose(read["output"], expected["output"], atol=1e-6)
-
-
-def test_learner_exported_in_channels_last_names_the_package_where_it_is_missing(elsewhere):
-    assert "channelslast" in elsewhere.read["image_net/direct.pkl"]["error"]
+    assert read["format"] == ("Sequential", [])
 
 
 # On a GPU
@@ -758,12 +816,12 @@ def test_checkpoint_of_a_gpu_is_byte_for_byte_that_of_a_contiguous_model(new_lea
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("cpu, device, fmt", [(True, "cpu", TrainFormat()), (False, "cuda", TrainFormat(True, "bf16"))])
-def test_learner_exported_on_a_gpu_loads(digits_folder, tmp_path, cpu, device, fmt):
+@pytest.mark.parametrize("cpu, device", [(True, "cpu"), (False, "cuda")])
+def test_learner_exported_on_a_gpu_loads(digits_folder, tmp_path, cpu, device):
     learn = new_digits_learner(digits_folder, tmp_path, device="cuda")
     learn.export()
     loaded = load_learner(tmp_path / "export.pkl", cpu=cpu)
     assert {param.device.type for param in loaded.model.parameters()} == {device}
-    assert loaded.train_format == fmt
+    assert loaded.train_format == TrainFormat()
     image = an_image(digits_folder)
     assert torch.allclose(probabilities(loaded, image), probabilities(learn, image), atol=0.02)
