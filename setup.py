@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 STATUSES = {
     "1": "1 - Planning",
@@ -33,7 +33,7 @@ setup(
         f"Natural Language :: {settings['language']}",
         "Programming Language :: Python :: 3",
     ],
-    packages=[settings["lib_name"]],
+    packages=find_packages(include=[f"{settings['lib_name']}*"]),
     package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
