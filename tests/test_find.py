@@ -5,6 +5,7 @@ import random
 import threading
 import weakref
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -512,14 +513,11 @@ class RaisesAt(Callback):
     order = 1000
 
     def __init__(self, n, error):
-        self.left, self.error = [n], error  # in a list, which copies of this callback would not share
-
-    def __deepcopy__(self, memo):
-        return self
+        self.n, self.error = n, error
+        self.times = count(1)  # an iterator goes on where a search puts back all else
 
     def __call__(self, event_name):
-        self.left[0] -= 1
-        if self.left[0] == 0:
+        if next(self.times) == self.n:
             raise self.error
 
 
@@ -677,16 +675,12 @@ class FailsLate(Callback):
     order = 100
 
     def __init__(self, n, counts_contiguous=False):
-        self.left, self.counts_contiguous = n, counts_contiguous
-
-    def __deepcopy__(self, memo):  # a search begins each round with a new copy
-        return self
+        self.n, self.counts_contiguous = n, counts_contiguous
+        self.times = count(1)  # an iterator goes on where each round puts back all else
 
     def before_batch(self):
-        if self.counts_contiguous or is_channels_last(self.x):
-            self.left -= 1
-            if self.left < 0:
-                raise RuntimeError("late")
+        if (self.counts_contiguous or is_channels_last(self.x)) and next(self.times) > self.n:
+            raise RuntimeError("late")
 
 
 def test_candidate_that_fails_late(learn, plain_cpu):
@@ -1157,9 +1151,6 @@ def test_loss_scale_goes_on_from_round_to_round(cuda_learner):
 
     class Watches(Callback):
         order = 1000
-
-        def __deepcopy__(self, memo):
-            return self
 
         def after_batch(self):
             scales.append(self.learn.scaler.get_scale())

@@ -6,7 +6,7 @@ import linecache
 import sys
 from collections import Counter
 from contextlib import suppress
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -59,20 +59,16 @@ class RaisesAt(Callback):
 
     def __init__(self, event, error, order, n=1):
         self.error, self.order, self.run = error, order, True
-        self.left = [n]  # in a list: a search must not change an attribute
-        setattr(self, event, self.count_down)
+        self.n, self.times = n, count(1)  # an iterator goes on where a search puts back all else
+        setattr(self, event, self.raise_once)
 
-    def __deepcopy__(self, memo):  # a search trains with copies of the callbacks
-        return self
-
-    def count_down(self):
-        self.left[0] -= 1
-        if self.left[0] == 0:
+    def raise_once(self):
+        if next(self.times) == self.n:
             raise self.error
 
 
-def raise_inside(learn, where, error):
-    "Have that part of a training step raise; returns what undoes it."
+def raise_inside(learn, where, error, n_batches=1):
+    "Have that part of a training step raise, data after `n_batches`; returns what undoes it."
 
     class Fails(torch.autograd.Function):
         @staticmethod
@@ -91,7 +87,7 @@ def raise_inside(learn, where, error):
 
         class Broken(list):
             def __iter__(self):
-                yield batches[0]
+                yield from batches[:n_batches]
                 raise error
 
         learn.dls.loaders[0] = Broken(batches)
@@ -426,7 +422,7 @@ def test_error_at_any_event_of_a_search(new, bf16_cpu, quick_search, assert_unch
     check = assert_unchanged(learn)
     with suppress(KeyboardInterrupt, RuntimeError, ValueError):
         call(learn)
-    assert raises.left[0] <= 0
+    assert next(raises.times) > raises.n
     check()
     learn.remove_cb(RaisesAt)
     assert_sound(learn, TrainFormat(True, "bf16"))
@@ -441,7 +437,7 @@ def test_error_inside_a_step_of_a_search(new, bf16_cpu, quick_search, assert_unc
     learn.fit(1)
     if call is summarise and where == "step":
         pytest.skip("a summary makes no step")
-    undo = raise_inside(learn, where, error("now"))
+    undo = raise_inside(learn, where, error("now"), n_batches=0 if call is summarise else 1)  # which reads but one
     check = assert_unchanged(learn)
     with pytest.raises((error, RuntimeError), match="now"):
         call(learn)

@@ -1,10 +1,13 @@
 "A Learner or module as it was, every part of it, whatever happened to it in between."
 
+import copy
 import random
 import threading
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TinyNet, assert_same_tensors, new_dls, tensors_of
@@ -13,16 +16,23 @@ from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader as FastaiDataLoader
+from fastai.data.transforms import Transform
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import AccumMetric
 from fastai.optimizer import Lookahead, OptimWrapper, ranger
+from fastcore.foundation import L
+from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast.callback import ChannelsLast, TrainFormat
 from channelslast.memory_format import is_channels_last, module_to_memory_format
 from channelslast.precision import MixedPrecision
-from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
+from channelslast.restore import FitDone, unchanged_learner, unchanged_modules, unchanged_tensors
 
 
 def random_numbers():
@@ -192,22 +202,343 @@ def test_callbacks_recorder_and_metrics_are_untouched(new_learner):
     assert not any(module._forward_hooks for module in learn.model.modules())
 
 
-def test_copies_of_callbacks_share_the_model_the_optimizer_and_what_they_share_among_them(learn):
-    class Holds(Callback):
-        def __init__(self, model, shared):
-            self.layer, self.weights, self.shared = model[0], list(model.parameters()), shared
+def test_callbacks_are_themselves_in_between(learn):
+    class Counts(Callback):
+        n = 0
 
-    class HoldsToo(Holds):
-        pass
+        def after_batch(self):
+            self.n += 1
 
-    shared = [1]
-    learn.add_cbs([Holds(learn.model, shared), HoldsToo(learn.model, shared)])
-    learn.create_opt()
-    learn.holds.opt = learn.opt
+    learn.add_cb(Counts())
+    counts, metric = learn.counts, learn.metrics[0]
     with unchanged_learner(learn):
-        copy = learn.holds
-        assert copy.layer is learn.model[0] and copy.weights[0] is learn.model[0].weight and copy.opt is learn.opt
-        assert copy.shared is learn.holds_too.shared is not shared
+        learn.fit(1)
+        assert learn.counts is counts and learn.metrics[0] is metric and counts.n == 6
+    assert counts.n == 0 and "n" not in vars(counts)
+
+
+class Average:
+    "A model that a callback holds, with a count of how many there are."
+
+    n_alive = 0
+
+    def __new__(cls, *args):
+        cls.n_alive += 1
+        return super().__new__(cls)
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model)
+
+    def __del__(self):
+        Average.n_alive -= 1
+
+
+class AveragesWeights(Callback):
+    def __init__(self, model):
+        self.average, self.tensors = Average(model), [param.detach().clone() for param in model.parameters()]
+
+    def after_batch(self):
+        self.average.model(self.x)
+        for param, other in zip(self.average.model.parameters(), self.model.parameters()):
+            param.data.lerp_(other.data, 0.5)
+        for tensor, other in zip(self.tensors, self.model.parameters()):
+            tensor.lerp_(other.data, 0.5)
+
+
+def test_model_and_tensors_that_a_callback_holds(learn):
+    learn.add_cb(AveragesWeights(learn.model))
+    average, tensors = learn.averages_weights.average, learn.averages_weights.tensors
+    before, values = tensors_of(average.model), [tensor.clone() for tensor in tensors]
+    with unchanged_learner(learn):
+        for _ in range(2):
+            with unchanged_learner(learn, values=False):
+                learn.fit(1, 0.5)
+                assert Average.n_alive == 1
+            assert not torch.equal(average.model[0].weight, before[0][5]) and not torch.equal(tensors[0], values[0])
+    assert learn.averages_weights.average is average and learn.averages_weights.tensors is tensors
+    assert_same_tensors(before, tensors_of(average.model))
+    assert all(map(torch.equal, tensors, values))
+
+
+class Numbered(list):
+    "A list that is made from a number."
+
+    def __init__(self, n, doubled=False):
+        super().__init__(range(n))
+        self.doubled = doubled
+
+    def __iter__(self):
+        raise AssertionError("its own way of iterating")
+
+
+class InSlots:
+    __slots__ = ("items", "n", "unset")
+
+    def __init__(self):
+        self.n, self.items = 0, [1]
+
+
+def disturb(container):
+    for item in list.copy(container) if isinstance(container, list) else list(container):
+        container.remove(item) if not isinstance(container, dict) else container.pop(item)
+    container.update({7: 7}) if isinstance(container, dict) else None
+    container.add(7) if isinstance(container, set) else None
+    container.extend(range(9)) if isinstance(container, (list, deque)) else None
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        [1, 2],
+        {1: [], 2: []},
+        {1, 2},
+        deque([1, 2, 3], maxlen=3),
+        defaultdict(list, {1: [2]}),
+        OrderedDict([(2, 1), (1, 2)]),
+        Counter("aab"),
+        Numbered(3),
+        L(1, 2).items,
+    ],
+    ids=lambda container: type(container).__name__,
+)
+@pytest.mark.parametrize("holder", [Callback, nn.Linear])
+def test_containers(learn, holder, container):
+    if isinstance(container, OrderedDict):
+        container.move_to_end(2)
+    held = holder() if holder is Callback else holder(1, 1)
+    held.nested = ({"deep": container},)
+    learn.add_cb(held) if holder is Callback else learn.model.append(held)
+    before = repr(container), copy.copy(vars(container)) if hasattr(container, "__dict__") else None
+    with unchanged_learner(learn):
+        disturb(container)
+        if isinstance(container, Numbered):
+            container.doubled = True
+        held.nested = None
+    assert held.nested[0]["deep"] is container and repr(container) == before[0]
+    assert before[1] is None or vars(container) == before[1]
+    assert not isinstance(container, deque) or container.maxlen == 3
+
+
+@pytest.mark.parametrize("holder", [Callback, nn.Linear])
+def test_objects_with_slots(learn, holder):
+    held = holder() if holder is Callback else holder(1, 1)
+    held.slots = slots = InSlots()
+    learn.add_cb(held) if holder is Callback else learn.model.append(held)
+    with unchanged_learner(learn):
+        slots.n, slots.unset = 5, 5
+        slots.items.append(2)
+        del slots.items
+    assert slots.n == 0 and slots.items == [1] and not hasattr(slots, "unset")
+
+
+def test_hooks_that_callbacks_leave_behind(learn):
+    class Hooks(Callback):
+        def before_fit(self):
+            weight = self.model[0].weight
+            self.model[0].register_forward_hook(lambda *args: None)
+            weight.register_hook(lambda grad: grad)
+            self.model[0].bias.register_hook(lambda grad: grad)
+            weight.register_post_accumulate_grad_hook(lambda param: None)
+            weight.mark = True
+            raise FitDone()
+
+    weight = learn.model[0].weight
+    weight.register_hook(torch.zeros_like)
+    hooks = dict(weight._backward_hooks)
+    learn.add_cb(Hooks())
+    with unchanged_learner(learn), pytest.raises(FitDone):
+        learn.fit(1)
+    assert not learn.model[0]._forward_hooks and not weight._post_accumulate_grad_hooks
+    assert weight._backward_hooks == hooks and not learn.model[0].bias._backward_hooks and not hasattr(weight, "mark")
+    learn.model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert not weight.grad.any()
+
+
+def test_metrics_with_a_state(new_learner):
+    metric = AccumMetric(lambda preds, targets: len(preds), flatten=False)
+    learn = new_learner(metrics=[metric])
+    learn.fit(1)
+    state = {name: id(value) for name, value in vars(metric).items()}
+    preds = list(metric.preds)
+    with unchanged_learner(learn):
+        learn.fit(1)
+    assert {name: id(value) for name, value in vars(metric).items()} == state
+    assert learn.metrics[0] is metric and all(a is b for a, b in zip(metric.preds, preds, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: setattr(tensor, "data", torch.zeros(5)),
+        lambda tensor: tensor.resize_(7).zero_(),
+        lambda tensor: tensor.set_(torch.zeros(1)),
+        lambda tensor: setattr(tensor, "data", tensor.double()),
+        lambda tensor: tensor.requires_grad_(),
+        lambda tensor: tensor.add_(torch.ones(2, 2, requires_grad=True)),
+        lambda tensor: tensor.t_(),
+        lambda tensor: tensor.neg_(),
+    ],
+    ids=[
+        "replaced",
+        "resized",
+        "set",
+        "of another dtype",
+        "trained",
+        "with a history",
+        "transposed",
+        "negated",
+    ],
+)
+def test_tensor_in_a_list_of_a_callback(learn, change):
+    tensor = torch.tensor([[0.0, float("nan")], [1.0, 2.0]])
+    memory, bits = tensor.data_ptr(), tensor.view(torch.int32).clone()
+    learn.add_cb(Callback())
+    learn.callback.held = [tensor]
+    with unchanged_learner(learn):
+        change(tensor)
+    assert tensor.data_ptr() == memory or tensor.untyped_storage().nbytes() > 16  # PyTorch made room elsewhere
+    assert (
+        tensor.stride() == (2, 1)
+        and torch.equal(tensor.view(torch.int32), bits)
+        and not tensor.requires_grad
+        and tensor.is_leaf
+    )
+
+
+def test_tensor_that_trains_in_a_list_of_a_callback(learn):
+    tensor = torch.ones(2, requires_grad=True)
+    tensor.grad = grad = torch.ones(2)
+    learn.add_cb(Callback())
+    learn.callback.held = [tensor]
+    with unchanged_learner(learn, values=False):
+        assert tensor.grad is None
+        (2 * tensor).sum().backward()
+        tensor.requires_grad_(False)
+    assert tensor.grad is grad and tensor.requires_grad and torch.equal(grad, torch.ones(2))
+
+
+def new_fake():
+    with FakeTensorMode():
+        return torch.ones(2)
+
+
+def new_inference():
+    with torch.inference_mode():
+        return torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        new_fake,
+        new_inference,
+        lambda: torch.ones(2, device="meta"),
+        lambda: torch.ones(1, 3).expand(4, 3),
+        lambda: torch.arange(5.0).unfold(0, 3, 1),
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.ones(2, dtype=torch.float8_e4m3fn),
+        lambda: torch.zeros(0),
+    ],
+    ids=[
+        "fake",
+        "inference",
+        "meta",
+        "expanded",
+        "overlapping",
+        "sparse",
+        "nested",
+        "quantized",
+        "complex",
+        "8 bits",
+        "empty",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_every_kind(new):
+    module = nn.BatchNorm1d(2)
+    module.held = held = new()
+    shown = str(held)
+    with unchanged_modules(module):
+        module(torch.randn(4, 2))
+        module.held = None
+    assert module.held is held and str(held) == shown and module.num_batches_tracked == 0
+
+
+def test_values_of_an_expanded_tensor():
+    module = nn.Module()
+    base = torch.ones(1, 3)
+    module.expanded = base.expand(4, 3)
+    with unchanged_modules(module):
+        base.zero_()
+    assert base.all() and module.expanded.stride() == (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_read_only_arrays_and_tensors_over_them(learn, tmp_path):
+    "To write to a file that is mapped read-only ends the process."
+    np.array([1.0, float("nan")], "float32").tofile(tmp_path / "numbers")
+    mapped = np.memmap(tmp_path / "numbers", "float32", "r")
+    learn.model[1].broadcast, learn.model[1].mapped = np.broadcast_to(np.zeros(1), 3), mapped
+    learn.model[1].over_mapped = torch.from_numpy(mapped)
+    learn.add_cb(Callback())
+    learn.callback.held = [learn.model[1].broadcast, learn.model[1].over_mapped]
+    tensors = tensors_of(learn.model)
+    with unchanged_learner(learn):
+        learn.fit(1)
+    assert_same_tensors(tensors, tensors_of(learn.model))
+
+
+def module_with_arrays():
+    module = TinyNet()
+    module[0].first, module[1].array, module[2].last = np.zeros(1), np.zeros(2), np.zeros(1)
+    return module
+
+
+def misuse_arrays(module):
+    for array in (module[0].first, module[1].array, module[2].last):
+        array += 1
+    misuse(module)
+    module[1].array.flags.writeable = False
+
+
+def assert_all_but_one_is_back(module, tensors, state):
+    assert module[1].array.tolist() == [1, 1] and module[0].first == module[2].last == 0
+    assert_same_tensors(tensors, tensors_of(module))
+    assert module.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_fails_to_come_back_is_named_and_everything_else_comes_back():
+    module = module_with_arrays()
+    tensors, state = tensors_of(module), torch.get_rng_state()
+    message = r"put back TinyNet\._modules\['1'\]\.array \(ValueError: .*read-only\)$"
+    with pytest.raises(RuntimeError, match=message) as raised, unchanged_modules(module):
+        misuse_arrays(module)
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert_all_but_one_is_back(module, tensors, state)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, Interrupted])
+def test_error_of_the_user_is_told_what_fails_to_come_back(error):
+    module = module_with_arrays()
+    tensors, state, raised = tensors_of(module), torch.get_rng_state(), error("mine")
+    with pytest.raises(error, match="mine") as caught, unchanged_modules(module):
+        misuse_arrays(module)
+        raise raised
+    assert caught.value is raised and caught.value.__cause__ is None
+    assert "could not put back TinyNet._modules['1'].array (ValueError" in raised.__notes__[0]
+    assert_all_but_one_is_back(module, tensors, state)
+
+
+def test_many_that_fail_to_come_back_are_counted():
+    module = nn.Module()
+    module.arrays = [np.zeros(1) for _ in range(12)]
+    message = r"Module\.arrays\[0\] .*Module\.arrays\[4\] \(.*\) and 7 more$"
+    with pytest.raises(RuntimeError, match=message), unchanged_modules(module):
+        for array in module.arrays:
+            array.flags.writeable = False
 
 
 @pytest.mark.parametrize("module", ["fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune"])
@@ -407,3 +738,200 @@ def test_generators_that_data_reach(learn):
     with unchanged_learner(learn):
         drawn = draw()
     assert draw() == drawn
+
+
+class Untouchable:
+    "An item of a data set, which nobody may look into."
+
+    @property
+    def __dict__(self):
+        raise AssertionError("looked into")
+
+
+class Copied(TorchDispatchMode):
+    "Counts the bytes that operators write."
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result._base is None:
+            self.nbytes += result.nbytes
+        return result
+
+
+class Images(torch.utils.data.Dataset):
+    "Images in one tensor, with labels in a list and a cache of what has been read."
+
+    def __init__(self, n):
+        self.images, self.labels, self.cache, self.n_read = torch.zeros(n, 3, 8, 8), [0] * n, {}, 0
+        self.first, self.array = [torch.zeros(3, 8, 8)] * 9, np.zeros(n)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        self.cache[i] = self.images[i]
+        self.n_read += 1
+        return self.cache[i], self.labels[i]
+
+
+class Tensors:
+    "A DataLoader of tensors."
+
+    def __init__(self, *tensors):
+        self.tensors, self.n_epochs = tensors, 0
+
+    def __iter__(self):
+        self.n_epochs += 1
+        return iter([[tensor[:8] for tensor in self.tensors]])
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: FastaiDataLoader([(torch.zeros(3, 8, 8), 0)] * 200, bs=8),
+        lambda: torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)] * 50, 8),
+        lambda: FastaiDataLoader([Untouchable()] * 200, bs=8),
+        lambda: torch.utils.data.DataLoader(Images(200), 8),
+        lambda: FastaiDataLoader(Images(50), bs=8),
+        lambda: [[torch.zeros(8, 3, 8, 8), torch.zeros(8).long()]] * 9,
+        lambda: Tensors(torch.zeros(200, 3, 8, 8), torch.zeros(200).long()),
+    ],
+    ids=["fastai", "torch", "items", "Dataset", "Dataset of fastai's", "list", "tensors"],
+)
+def test_data_are_not_copied(new_learner, loader):
+    learn = new_learner(lambda: nn.Linear(1, 1), DataLoaders(loader(), loader(), device="cpu"))
+    learn.add_cb(Callback())
+    learn.callback.own = loader() if not isinstance(learn.dls.train, (list, Tensors)) else None
+    with Copied() as copied, unchanged_learner(learn):
+        pass
+    assert copied.nbytes < 100
+
+
+def test_data_set_is_as_before(new_learner):
+    data = Images(200)
+    learn = new_learner(dls=DataLoaders(*[FastaiDataLoader(data, bs=8) for _ in range(2)], device="cpu"))
+    with unchanged_learner(learn):
+        learn.fit(1)
+        assert data.n_read == 400
+        data.labels.reverse()
+        data.labels.append(1)
+    assert data.n_read == 0 and data.cache == {} and data.labels == [0] * 200
+
+
+def test_transforms_are_as_before(new_learner):
+    class CountsImages(Transform):
+        n, shapes = 0, ()
+
+        def encodes(self, x: torch.Tensor):
+            self.n += 1
+            self.shapes += (x.shape,)
+            return x
+
+    counts = CountsImages()
+    items = [(torch.zeros(3, 8, 8), torch.tensor(0))] * 16
+    dls = DataLoaders(*[TfmdDL(items, bs=8, after_item=[counts]) for _ in range(2)], device="cpu")
+    learn = new_learner(dls=dls)
+    with unchanged_learner(learn):
+        learn.fit(1)
+        assert counts.n > 0
+    assert counts.n == 0 and vars(counts).get("shapes", ()) == ()
+
+
+class OwnPickle:
+    "As a data frame or an image, which hold more than their attributes."
+
+    def __init__(self):
+        self.n = 0
+
+    def __getstate__(self):
+        return {}
+
+
+class HoldsFile:
+    def __init__(self, file):
+        self.n, self.file = 0, file
+
+
+@pytest.mark.parametrize("holder", [Callback, nn.Linear])
+def test_what_has_no_way_back_is_left_alone(learn, tmp_path, digits_folder, holder):
+    held = holder() if holder is Callback else holder(1, 1)
+    learn.add_cb(held) if holder is Callback else learn.model.append(held)
+    held.frame = frame = pd.DataFrame({"a": [1.0, 2.0]})
+    held.image = image = Image.open(next(digits_folder.rglob("*.png")))
+    held.pickled, held.set = OwnPickle(), threading.Event()
+    with (tmp_path / "file").open("w") as file, unchanged_learner(learn):
+        held.with_file = HoldsFile(file)
+        with unchanged_learner(learn):
+            held.with_file.n = held.pickled.n = 1
+            held.frame.loc[0, "a"] = 5.0
+            held.set.set()
+            image.load()
+        assert held.with_file.n == held.pickled.n == 1 and held.set.is_set()
+    assert held.frame is frame and frame["a"].tolist() == [5.0, 2.0]
+    assert held.image is image and image.resize((2, 2)).size == (2, 2)
+
+
+def test_another_learner_is_left_alone(new_learner):
+    learn, teacher = new_learner(), new_learner()
+    learn.add_cb(Callback())
+    learn.callback.teacher = teacher
+    with unchanged_learner(learn):
+        teacher.fit(1)
+    assert teacher.opt is not None
+
+
+def test_variables_of_functions(new_learner):
+    "Those of functions that load data come back; what a callback's own function collects is the user's."
+    loaded, trained, generator = [], [], random.Random(1)
+
+    def collate(items):
+        loaded.append(generator.random())
+        return torch.utils.data.default_collate(items)
+
+    items = [(torch.zeros(3, 8, 8), 0)] * 8
+    dls = DataLoaders(*[torch.utils.data.DataLoader(items, 4, collate_fn=collate) for _ in range(2)], device="cpu")
+    learn = new_learner(dls=dls, cbs=Callback(after_batch=lambda cb: trained.append(1)))
+    with unchanged_learner(learn):
+        learn.fit(1)
+    assert loaded == [] and generator.random() == random.Random(1).random() and len(trained) == 4
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_items_of_large_containers_are_values(learn, values):
+    numbers = list(range(20_000))
+    learn.add_cb(Callback())
+    learn.callback.numbers = numbers
+    with unchanged_learner(learn, values):
+        numbers.reverse()
+    assert numbers == (list(range(20_000)) if values else list(range(20_000))[::-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_module():
+    module = torch.jit.script(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
+    weight, values = module[1].weight, module[1].weight.detach().clone()
+    with unchanged_modules(nn.Sequential(module)):
+        module(torch.randn(4, 2)).sum().backward()
+        module.eval()
+        weight.data.zero_()
+    assert module.training and module[0].training and module[0].num_batches_tracked == 0
+    assert torch.equal(module[1].weight, values) and weight.grad is None
+
+
+def test_methods_and_partials_lead_to_what_they_belong_to(learn):
+    class Monitor:
+        def __init__(self):
+            self.n = 0
+
+        def count(self, *args):
+            self.n += 1
+
+    monitors = [Monitor(), Monitor()]
+    learn.add_cb(Callback(after_batch=monitors[0].count))
+    learn.model.register_forward_hook(partial(Monitor.count, monitors[1]))
+    with unchanged_learner(learn):
+        learn.fit(1)
+        assert monitors[0].n and monitors[1].n
+    assert monitors[0].n == monitors[1].n == 0

@@ -1,0 +1,169 @@
+"""Leave a module or a Learner as it was, whatever happens to it in between, also after an exception or an interrupt.
+
+What comes back, of the modules or the Learner that are named and of all that they reach:
+
+- attributes, in `__dict__` and in `__slots__`;
+- the items of lists, dicts, sets, deques and of their subclasses: the same objects in the same order;
+- tensors: memory, strides, device and values, gradient, `requires_grad` and hooks; in between none has a gradient;
+- the values of NumPy arrays, where they can be written to;
+- random generators, and the global random states;
+- autocast, for a Learner.
+
+Nothing is copied but containers, one level deep, arrays, and the values of tensors (to the CPU). `reach.py` tells how
+far all of this goes, and what is left alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner
+from fastai.torch_core import get_random_states, set_random_states
+from fastcore.foundation import L
+from torch import Tensor, nn
+
+from channelslast.precision import AutocastState, training_device
+from channelslast.restore.parts import save_array, save_gradient, save_items, save_values
+from channelslast.restore.reach import Node, Reached, Saved, words
+
+__all__ = ["FitDone", "unchanged_learner", "unchanged_modules", "unchanged_tensors"]
+
+# fastai's loggers that do not keep quiet for `learn.lr_finder`, as its others do
+_LOGGERS = ("fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune")
+
+
+@contextmanager
+def unchanged_modules(
+    *modules: nn.Module,
+) -> Iterator[None]:
+    """Put `modules`, what they reach and the random states back afterwards.
+
+    What fails to come back is named in a note on the exception that ended the block, or else in a `RuntimeError`.
+    Raises `ValueError` for lazy parameters, which have no way back.
+    """
+    saved = _Saved([(type(module).__name__, module) for module in modules])
+    with saved.put_back_afterwards():
+        yield
+
+
+@contextmanager
+def unchanged_learner(
+    learn: Learner,
+    values: bool = True,  # False: what is written into tensors, arrays and large containers stays: no copy of them
+) -> Iterator[Callable[[], None]]:
+    """Put `learn`, what it reaches and the random states back afterwards; gives a function that puts tensors back.
+
+    In between it trains with its own callbacks, but for the progress bar; trackers and loggers write nothing. A data
+    set that is a stream does not go back. With `values=False` tensors keep the values, memory and strides that they
+    get. Raises as `unchanged_modules` does.
+    """
+    quiet = L(cb for cb in learn.cbs if not _is_loud(cb))
+    saved = _Saved([("learn", learn)], values, left_alone=filter(_is_loud, learn.cbs))
+    for device_type in {"cpu", training_device(learn).type}:
+        saved.add(f"autocast on '{device_type}'", AutocastState(device_type).restore)
+    with saved.put_back_afterwards():
+        learn.cbs = quiet
+        learn.lr_finder = learn.gather_preds = None  # by these fastai's trackers and loggers know to keep quiet
+        yield saved.put_tensors_back
+
+
+@contextmanager
+def unchanged_tensors(
+    tensors: Iterable[Tensor],
+) -> Iterator[None]:
+    "Put memory, values, `requires_grad` and gradients of `tensors` back afterwards; in between they have no gradients."
+    saved = _Saved([("tensors", tuple(tensors))])
+    with saved.put_back_afterwards():
+        yield
+
+
+def _is_loud(cb: Callback) -> bool:
+    return isinstance(cb, ProgressCallback) or type(cb).__module__ in _LOGGERS
+
+
+class FitDone(BaseException):
+    "Ends a fit without the events that follow one, for none was made. (fastai rewrites an `Exception` of a callback.)"
+
+
+class _Saved:
+    "All that comes back of `roots`, in parts."
+
+    def __init__(
+        self,
+        roots: list[tuple[str, Any]],  # with the name that an error gives them
+        values: bool = True,  # with the values and memory of tensors, arrays and large containers
+        left_alone: Iterable[Any] = (),  # not to look at
+    ):
+        reached = Reached(roots, left_alone, n_most=10_000 if values else 1_000)
+        self.values, large = [], []
+        if values:
+            self.values = [(node, save_values(node[0])) for node in reached.tensors]
+            large = [(node, save_array(node[0])) for node in reached.arrays]
+            large += [(node, save_items(node[0], base)[0]) for node, base in reached.large_containers]
+        leaves = [node for node in reached.tensors if node[0].is_leaf and (values or _can_train(node[0]))]
+        self.leaves = [node[0] for node in leaves]
+        gradients = [(node, save_gradient(node[0])) for node in leaves]
+        # A gradient last, for it has to be of the device and dtype of its tensor
+        self.all: list[Saved] = [*reached.saved, *self.values, *large, *gradients]
+        self.add("the random states", partial(set_random_states, **get_random_states()))
+
+    def add(self, name: str, function: Callable[[], None]) -> None:
+        self.all.append(((None, None, "", name), (function,)))
+
+    @contextmanager
+    def put_back_afterwards(self) -> Iterator[None]:
+        "No tensor has a gradient inside; after it everything is put back."
+        error = None
+        try:
+            for tensor in self.leaves:
+                tensor.grad = None
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            _finish(self.all, error)
+
+    def put_tensors_back(self) -> None:
+        _finish(self.values)
+
+
+def _can_train(tensor: Tensor) -> bool:
+    return tensor.requires_grad or tensor.grad is not None or issubclass(type(tensor), nn.Parameter)
+
+
+def _finish(
+    saved: list[Saved],
+    error: BaseException | None = None,  # that is on its way
+) -> None:
+    "Put it all back, also after a failure or an interrupt of that; then tell it, in a note if an error is on its way."
+    try:
+        failed = _put_back(saved)
+        interrupt = None
+    except BaseException as raised:
+        failed = _put_back(saved)
+        interrupt = raised
+    if failed:
+        shown = [f"{words(node)} ({type(reason).__name__}: {reason})" for node, reason in failed[:5]]
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        message = f"channelslast could not put back {', '.join(shown)}{more}"
+        on_its_way = interrupt or error
+        if on_its_way is None:
+            raise RuntimeError(message) from failed[0][1]
+        on_its_way.add_note(message)
+    if interrupt is not None:
+        raise interrupt
+
+
+def _put_back(saved: list[Saved]) -> list[tuple[Node, Exception]]:
+    "Put it all back, and return what failed with the reason."
+    failed = []
+    for node, (function, *args) in saved:
+        try:
+            function(*args)
+        except Exception as error:
+            failed.append((node, error))
+    return failed

@@ -1,0 +1,161 @@
+"""Save one thing, as the values of a tensor or the attributes of an object.
+
+Each function gives what puts it back: another function and what to call that with, which may be done twice.
+"""
+
+import random
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from operator import is_, setitem
+from types import MemberDescriptorType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CONTAINERS",
+    "GENERATORS",
+    "Restore",
+    "save_array",
+    "save_attributes",
+    "save_generator",
+    "save_gradient",
+    "save_items",
+    "save_values",
+]
+
+Restore = tuple  # a function, and what to call it with
+
+CONTAINERS = (OrderedDict, dict, list, set, deque)
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def save_values(tensor: Tensor) -> Restore:
+    "The memory of `tensor`, and what is in it, copied to the CPU."
+    values = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    return _put_values_back, tensor, tensor.data, values
+
+
+@torch.no_grad()
+def _put_values_back(tensor: Tensor, data: Tensor, values: Tensor | None) -> None:
+    if values is not None:
+        values = values.to(data.device)
+        if not _has_bits(values):
+            data.copy_(values)
+        elif not torch.equal(_bits(values), _bits(data)):  # else its memory may be one that cannot be written to
+            once = tuple(slice(1 if stride == 0 else None) for stride in data.stride())  # where it is expanded
+            data[once].copy_(values[once])
+    tensor.data = data
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    is_strided = tensor.layout == torch.strided and not tensor.is_nested
+    has_memory = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_strided and has_memory and not tensor.is_quantized and not tensor.is_complex()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    "`tensor` as integers, so that NaN equals itself and 0.0 is not -0.0."
+    return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+def save_array(array: np.ndarray) -> Restore:
+    return setitem, array, ..., array.copy()
+
+
+def save_gradient(tensor: Tensor) -> Restore:
+    "The gradient of a leaf tensor, whether it needs one, and its hooks."
+    hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # dicts, or None
+    return _put_gradient_back, tensor, tensor.grad, tensor.requires_grad, hooks, [each and dict(each) for each in hooks]
+
+
+def _put_gradient_back(
+    tensor: Tensor, grad: Tensor | None, requires_grad: bool, hooks: tuple[Any, Any], items: list[Any]
+) -> None:
+    if not tensor.is_leaf:  # something with a history was written into it
+        tensor.detach_()
+    tensor.requires_grad_(requires_grad)
+    tensor.grad = grad
+    for each, saved in zip(hooks, items):
+        if each is not None:
+            each.clear()
+            each.update(saved)
+    if tensor._backward_hooks is not hooks[0]:
+        tensor._backward_hooks = hooks[0]
+    if tensor._post_accumulate_grad_hooks is not hooks[1]:
+        tensor._post_accumulate_grad_hooks = hooks[1]
+
+
+def save_items(
+    container: Any,
+    base: type,  # of its class, one of `CONTAINERS`: a subclass may have methods of its own
+) -> tuple[Restore, Any]:
+    "Gives a plain list or dict of them too."
+    items = _items(container, base)
+    return (_put_items_back, container, base, items), items
+
+
+def _items(container: Any, base: type) -> Any:
+    if base is OrderedDict:
+        return dict(OrderedDict.items(container))
+    return base.copy(container) if base in (list, dict) else list(base.__iter__(container))
+
+
+def _put_items_back(container: Any, base: type, items: Any) -> None:
+    now = _items(container, base)
+    if _are_same(now, items) and (not isinstance(items, dict) or _are_same(now.values(), items.values())):
+        return
+    base.clear(container)
+    if isinstance(items, dict):
+        for key, item in items.items():
+            base.__setitem__(container, key, item)
+    elif base is set:
+        set.update(container, items)
+    else:
+        base.extend(container, items)
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def save_attributes(
+    obj: Any,
+    slots: Sequence[MemberDescriptorType],  # of its class
+) -> tuple[Restore, list[tuple[str, Any]]]:
+    "Gives names and values of the attributes too."
+    in_dict = vars(obj).copy() if type(obj).__dictoffset__ else {}
+    in_slots = {}
+    for slot in slots:
+        with suppress(AttributeError):  # not set
+            in_slots[slot] = slot.__get__(obj)
+    pairs = [*in_dict.items(), *((slot.__name__, value) for slot, value in in_slots.items())]
+    return (_put_attributes_back, obj, in_dict, slots, in_slots), pairs
+
+
+def _put_attributes_back(
+    obj: Any, in_dict: dict[str, Any], slots: Sequence[MemberDescriptorType], in_slots: dict[MemberDescriptorType, Any]
+) -> None:
+    if type(obj).__dictoffset__:
+        _put_items_back(vars(obj), dict, in_dict)
+    for slot in slots:
+        if slot in in_slots:
+            slot.__set__(obj, in_slots[slot])
+        else:
+            with suppress(AttributeError):  # not set
+                slot.__delete__(obj)
+
+
+def save_generator(
+    generator: Any,  # one of `GENERATORS`
+) -> Restore:
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if isinstance(generator, (np.random.RandomState, torch.Generator)):
+        return generator.set_state, generator.get_state()
+    bits = generator.bit_generator
+    return setattr, bits, "state", bits.state

@@ -1,0 +1,200 @@
+"""What modules or a Learner reach, as far as restoring goes.
+
+They reach what is in an attribute of theirs, what is an item of a container that they reach, and so on; of a `partial`
+its parts, of a method its object. It ends here:
+
+- A container of more than 10,000 items is data, and not looked into.
+- Among data, which is what a DataLoader or a data set reaches, tensors and arrays are not looked at, and containers of
+  more than 100 items not into; but variables that functions close over are.
+- An object that holds a file, thread, process, queue or socket is left alone, for those have no way back; and so is one
+  with its own way of being pickled, as a data frame or an image, for its attributes are not all there is to it. Not so
+  modules, callbacks and optimizers; and random generators are found in any object among data.
+- Iterators, classes, modules of Python, keys of dicts, other Learners, and the objects of Python's own library but for
+  containers and namespaces are left alone.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from functools import partial
+from io import IOBase
+from multiprocessing.process import BaseProcess
+from queue import Queue
+from socket import socket
+from threading import Thread
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, FilteredBase
+from fastai.data.load import DataLoader as FastaiDataLoader
+from fastai.learner import Learner
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from channelslast.restore.parts import CONTAINERS, GENERATORS, Restore, save_attributes, save_generator, save_items
+
+__all__ = ["Node", "Reached", "Saved", "words"]
+
+# Something that is reached, the node of what holds it, and the name of an attribute ('.') or the key of an item ('[')
+Node = tuple[Any, Any, str, Any]
+Saved = tuple[Node, Restore]
+
+_DATA = (DataLoaders, FastaiDataLoader, DataLoader, FilteredBase, Dataset)
+_NAMES_OF_DATA = {"dls", "dl", "dataset"}
+_OWNERS = (Learner, nn.Module, Callback, Optimizer)
+_LIVE = (IOBase, Thread, BaseProcess, Executor, Queue, socket)
+_CLOSED = (type, ModuleType, FunctionType, *_LIVE)
+_KINDS = {
+    "tensor": Tensor,
+    "array": np.ndarray,
+    "generator": GENERATORS,
+    "container": CONTAINERS,
+    "tuple": (tuple, frozenset),
+    "function": (partial, MethodType, FunctionType),
+    "script module": ScriptModule,
+}
+_PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
+# Those of which a class may say how to pickle it, and its attributes are all there is to it nevertheless
+_OPEN_LIBRARIES = {"builtins", "collections", "types", "torch", "fastai", "fastcore", "fasttransform", "channelslast"}
+_CLOSED_LIBRARIES = sys.stdlib_module_names - _OPEN_LIBRARIES
+
+
+class Reached:
+    "What `roots` reach: what has been saved, and what has many values, for the caller to save."
+
+    def __init__(
+        self,
+        roots: list[tuple[str, Any]],  # with the name that an error gives them
+        left_alone: Iterable[Any],  # not to look at
+        n_most: int,  # items of a container to look into
+    ):
+        self.n_most = {False: n_most, True: 100}  # of one among data
+        self.saved: list[Saved] = []
+        self.tensors: list[Node] = []
+        self.arrays: list[Node] = []
+        self.large_containers: list[tuple[Node, type]] = []
+        self._classes: dict[type, _Class] = {}
+        self._seen = {id(value) for value in left_alone}
+        self._waiting: dict[bool, list[Node]] = {False: [], True: []}
+        self._waiting[False] += [(root, None, "", name) for name, root in reversed(roots)]
+        for is_data, waiting in self._waiting.items():  # what is reached both ways is no data
+            while waiting:
+                node = waiting.pop()
+                if id(node[0]) not in self._seen:
+                    self._seen.add(id(node[0]))
+                    self._look_at(node, is_data)
+
+    def _look_at(self, node: Node, is_data: bool) -> None:
+        value = node[0]
+        cls = self._class(type(value))
+        if cls.kind == "tensor" and not is_data:
+            if is_lazy(value):
+                message = "which get their shape for good: run one forward pass before"
+                raise ValueError(f"The model has lazy parameters ({words(node)}), {message}")
+            self.tensors.append(node)
+        elif cls.kind == "array" and not is_data and value.flags.writeable:
+            self.arrays.append(node)
+        elif cls.kind == "generator":
+            self.saved.append((node, save_generator(value)))
+        elif cls.kind == "container":
+            self._look_at_container(node, cls.container, is_data)
+        elif cls.kind == "tuple" and len(value) <= self.n_most[is_data]:
+            self._look_later(node, "[", enumerate(value), is_data)
+        elif cls.kind == "function":
+            self._look_later(node, ".", _parts_of(value, is_data), is_data)
+        elif cls.kind == "script module":  # its tensors and its mode are no attributes in Python
+            self.saved.append((node, (setattr, value, "training", value.training)))
+            tensors = [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
+            self._look_later(node, ".", tensors, is_data)
+        if cls.has_attributes:
+            self._look_at_attributes(node, cls, is_data)
+
+    def _look_at_container(self, node: Node, base: type, is_data: bool) -> None:
+        if base.__len__(node[0]) > self.n_most[is_data]:
+            self.large_containers.append((node, base))
+            return
+        restore, items = save_items(node[0], base)
+        self.saved.append((node, restore))
+        self._look_later(node, "[", items.items() if isinstance(items, dict) else enumerate(items), is_data)
+
+    def _look_at_attributes(self, node: Node, cls: "_Class", is_data: bool) -> None:
+        restore, pairs = save_attributes(node[0], cls.slots)
+        if cls.is_owner or (cls.is_whole and not any(isinstance(value, _LIVE) for _, value in pairs)):
+            self.saved.append((node, restore))
+        elif not is_data:
+            return
+        self._look_later(node, ".", pairs, is_data)
+
+    def _look_later(self, node: Node, kind: str, pairs: Iterable[tuple[Any, Any]], is_data: bool) -> None:
+        "At the attributes ('.') or items ('[') of `node`, with their names or keys."
+        for key, value in reversed(list(pairs)):
+            cls = self._classes.get(type(value)) or self._class(type(value))
+            if cls.kind == "container" and not cls.has_attributes and not cls.container.__len__(value):
+                self.saved.append(((value, node, kind, key), (cls.container.clear, value)))  # a module has a dozen
+            elif cls.is_looked_at:
+                to_data = is_data or cls.is_data or (kind == "." and key in _NAMES_OF_DATA)
+                self._waiting[to_data].append((value, node, kind, key))
+
+    def _class(self, cls: type) -> "_Class":
+        if cls not in self._classes:
+            self._classes[cls] = _Class(cls)
+        return self._classes[cls]
+
+
+def _parts_of(function: Any, is_data: bool) -> list[tuple[str, Any]]:
+    if isinstance(function, partial):
+        return [(name, getattr(function, name)) for name in ("func", "args", "keywords")]
+    if isinstance(function, MethodType):
+        return [("__func__", function.__func__), ("__self__", function.__self__)]
+    if is_data and function.__closure__:
+        cells = zip(function.__code__.co_freevars, function.__closure__)
+        return [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]
+    return []
+
+
+class _Class:
+    "What to know of a class to look at its objects."
+
+    def __init__(self, cls: type):
+        self.kind = next((kind for kind, classes in _KINDS.items() if issubclass(cls, classes)), None)
+        self.container = next((base for base in CONTAINERS if issubclass(cls, base)), None)
+        is_closed = _library(cls) in _CLOSED_LIBRARIES or issubclass(cls, _CLOSED) or hasattr(cls, "__next__")
+        self.slots = () if is_closed else tuple(_slots(cls))
+        # Those of a plain tensor or OrderedDict are hardly ever used, and asking for them makes a dict
+        has_any = bool(cls.__dictoffset__ or self.slots) and cls not in (Tensor, OrderedDict)
+        self.has_attributes = has_any and not is_closed
+        self.is_looked_at = (self.kind or self.has_attributes) and not issubclass(cls, Learner)
+        self.is_owner = issubclass(cls, _OWNERS)
+        definers = [next(base for base in cls.__mro__ if name in vars(base)) for name in _PICKLING]
+        self.is_whole = all(_library(base) in _OPEN_LIBRARIES for base in definers)
+        self.is_data = issubclass(cls, _DATA)
+
+
+def _library(cls: type) -> str:
+    return str(cls.__module__).partition(".")[0]
+
+
+def _slots(cls: type) -> Iterator[MemberDescriptorType]:
+    for base in cls.__mro__:
+        if "__slots__" in vars(base):  # classes written in C have such descriptors too
+            yield from (value for value in vars(base).values() if isinstance(value, MemberDescriptorType))
+
+
+def words(
+    node: Node,
+) -> str:
+    "The path to `node`, as it is written in Python."
+    end = ""
+    while node is not None:
+        _, node, kind, key = node
+        if kind == "[":
+            end = f"[{repr(key) if isinstance(key, (int, str)) else type(key).__name__}]" + end
+        else:
+            end = kind + key + end
+    return end
