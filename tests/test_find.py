@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, new_dls
+from conftest import TinyNet, assert_same_tensors, new_dls, tensors_of
 from fastai.callback import schedule  # noqa: F401, `fit_one_cycle`
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.callback.mixup import MixUp
@@ -452,6 +452,29 @@ def test_callback_that_cannot_be_copied_keeps_what_it_had(learn):
     before = len(learn.keeps.losses), len(learn.keeps.store.items)
     learn.format_find([LAST], show_plot=False)
     assert (len(learn.keeps.losses), len(learn.keeps.store.items)) == before
+
+
+class HoldsTeacher(Callback):
+    def __init__(self):
+        self.teacher = TinyNet()
+
+    def before_batch(self):
+        self.teacher(self.x)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+    __copy__ = __reduce_ex__ = __deepcopy__
+
+
+def test_callbacks_are_not_copied_and_read_only_arrays_do_no_harm(learn, bf16_cpu, assert_unchanged):
+    learn.add_cb(HoldsTeacher())
+    teacher = learn.holds_teacher.teacher
+    learn.model[1].constant = learn.dls.constant = np.broadcast_to(np.zeros(1), 3)
+    before, check = tensors_of(teacher), assert_unchanged(learn)
+    learn.format_find([LAST, LAST_BF16], show_plot=False)
+    check()
+    assert_same_tensors(before, tensors_of(teacher))
 
 
 class Dropping(TinyNet):

@@ -4,7 +4,9 @@ import copy
 import random
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.data.transforms import Transform
@@ -271,6 +273,11 @@ class Numbered(list):
         raise AssertionError("its own way of iterating")
 
 
+@dataclass
+class Record:
+    items: list
+
+
 class InSlots:
     __slots__ = ("items", "n", "unset")
 
@@ -317,6 +324,43 @@ def test_containers(learn, holder, container):
     assert held.nested[0]["deep"] is container and repr(container) == before[0]
     assert before[1] is None or vars(container) == before[1]
     assert not isinstance(container, deque) or container.maxlen == 3
+
+
+@pytest.mark.parametrize("new", [L, SimpleNamespace, Record, partial], ids=lambda new: new.__name__)
+def test_objects_that_hold_a_list(learn, new):
+    items = [1]
+    held = new(items) if new is L else new(list, items) if new is partial else new(items=items)
+    learn.add_cb(Callback())
+    learn.callback.held = held
+    before = repr(held)
+    with unchanged_learner(learn):
+        items.append(2)
+        if new is not partial:
+            held.items = []
+    assert learn.callback.held is held and repr(held) == before and items == [1]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4))[:, ::2],
+        np.array([{}, [1]], object),
+        np.ma.masked_array([1.0, 2.0], [True, False]),
+        np.zeros(2, [("a", "f4"), ("b", "i8")]),
+        np.array(1),
+    ],
+    ids=["strided", "objects", "masked", "records", "number"],
+)
+def test_arrays(array):
+    module = nn.Module()
+    module.held, before = {"array": array}, repr(array)
+    with unchanged_modules(module):
+        array[...] = array[..., ::-1] if array.ndim else 2
+        if isinstance(array, np.ma.MaskedArray):
+            array.mask = True
+        elif array.dtype.names or array.size > 5:
+            array[...] = 7
+    assert module.held["array"] is array and repr(array) == before
 
 
 @pytest.mark.parametrize("holder", [Callback, nn.Linear])
@@ -598,11 +642,24 @@ def test_tensors_are_as_before():
 
 def test_savers_and_loggers_write_nothing(learn, tmp_path):
     learn.path = tmp_path
-    learn.add_cbs([SaveModelCallback(monitor="train_loss"), CSVLogger()])
+    learn.add_cbs([SaveModelCallback(monitor="train_loss"), EarlyStoppingCallback("train_loss"), CSVLogger()])
+    before = [dict(vars(cb)) for cb in learn.cbs]
     with unchanged_learner(learn):
         learn.fit(1)
     assert list(tmp_path.rglob("*")) == []
-    assert not hasattr(learn, "lr_finder")
+    assert not hasattr(learn, "lr_finder") and [vars(cb) for cb in learn.cbs] == before
+
+
+def test_callbacks_and_data_that_were_exchanged(learn):
+    learn.add_cbs([MixedPrecision("bf16"), ChannelsLast()])
+    cbs, items, dls, channels_last = learn.cbs, list(learn.cbs), learn.dls, learn.channels_last
+    with unchanged_learner(learn):
+        learn.to_contiguous(to_fp32=True)
+        learn.add_cb(MixUp())
+        dls.loaders = learn.dls = None
+        assert channels_last.learn is None
+    assert learn.cbs is cbs and list(cbs) == items and learn.dls is dls and len(dls.loaders) == 2
+    assert learn.channels_last is channels_last and channels_last.learn is learn and not hasattr(learn, "mix_up")
 
 
 def shuffled_learner(loader):
@@ -822,12 +879,16 @@ def test_data_set_is_as_before(new_learner):
 
 def test_transforms_are_as_before(new_learner):
     class CountsImages(Transform):
-        n, shapes = 0, ()
+        n = 0
+
+        def __init__(self):
+            super().__init__()
+            self.shapes, self.norm = [], nn.BatchNorm2d(3)
 
         def encodes(self, x: torch.Tensor):
             self.n += 1
-            self.shapes += (x.shape,)
-            return x
+            self.shapes.append(x.shape)
+            return self.norm(x[None])[0].detach() if x.ndim == 3 else x
 
     counts = CountsImages()
     items = [(torch.zeros(3, 8, 8), torch.tensor(0))] * 16
@@ -835,12 +896,12 @@ def test_transforms_are_as_before(new_learner):
     learn = new_learner(dls=dls)
     with unchanged_learner(learn):
         learn.fit(1)
-        assert counts.n > 0
-    assert counts.n == 0 and vars(counts).get("shapes", ()) == ()
+        assert counts.n > 0 and counts.norm.num_batches_tracked > 0
+    assert counts.n == 0 and counts.shapes == [] and counts.norm.num_batches_tracked == 0
 
 
 class OwnPickle:
-    "As a data frame or an image, which hold more than their attributes."
+    "As a data frame or an image, which hold more than their attributes, has."
 
     def __init__(self):
         self.n = 0

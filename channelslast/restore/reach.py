@@ -1,14 +1,15 @@
 """What modules or a Learner reach, as far as restoring goes.
 
-They reach what is in an attribute of theirs, what is an item of a container that they reach, and so on; of a `partial`
-its parts, of a method its object. It ends here:
+They reach what is in their attributes, the items of the containers there, and so on; of a `partial` its parts, of a
+method its object. Callbacks, metrics, loss function, optimizers, submodules and objects of the user's own classes are
+found so. It ends here:
 
-- A container of more than 10,000 items is data, and not looked into.
-- Among data, which is what a DataLoader or a data set reaches, tensors and arrays are not looked at, and containers of
-  more than 100 items not into; but variables that functions close over are.
-- An object that holds a file, thread, process, queue or socket is left alone, for those have no way back; and so is one
-  with its own way of being pickled, as a data frame or an image, for its attributes are not all there is to it. Not so
-  modules, callbacks and optimizers; and random generators are found in any object among data.
+- A container of more than 10,000 items (1,000 where values stay) is not looked into: its items are values too.
+- Among data, which is what DataLoaders and data sets reach but for modules, tensors and arrays are left alone, and a
+  container of more than 100 items is not looked into. But variables that a function closes over are looked at.
+- An object that holds a file, thread, process, queue or socket is left alone, for these have no way back. So is one
+  with its own way to be pickled, as a data frame or an image, for its attributes are not all there is to it. Not so
+  modules, callbacks, metrics and optimizers. Among data such objects are looked into, for random generators.
 - Iterators, classes, modules of Python, keys of dicts, other Learners, and the objects of Python's own library but for
   containers and namespaces are left alone.
 """
@@ -30,7 +31,7 @@ import numpy as np
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, FilteredBase
 from fastai.data.load import DataLoader as FastaiDataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
@@ -47,7 +48,7 @@ Saved = tuple[Node, Restore]
 
 _DATA = (DataLoaders, FastaiDataLoader, DataLoader, FilteredBase, Dataset)
 _NAMES_OF_DATA = {"dls", "dl", "dataset"}
-_OWNERS = (Learner, nn.Module, Callback, Optimizer)
+_OWNERS = (Learner, nn.Module, Callback, Metric, Optimizer)
 _LIVE = (IOBase, Thread, BaseProcess, Executor, Queue, socket)
 _CLOSED = (type, ModuleType, FunctionType, *_LIVE)
 _KINDS = {
@@ -74,21 +75,21 @@ class Reached:
         left_alone: Iterable[Any],  # not to look at
         n_most: int,  # items of a container to look into
     ):
-        self.n_most = {False: n_most, True: 100}  # of one among data
         self.saved: list[Saved] = []
         self.tensors: list[Node] = []
         self.arrays: list[Node] = []
         self.large_containers: list[tuple[Node, type]] = []
         self._classes: dict[type, _Class] = {}
         self._seen = {id(value) for value in left_alone}
+        self._n_most = {False: n_most, True: 100}  # by whether it is among data
         self._waiting: dict[bool, list[Node]] = {False: [], True: []}
         self._waiting[False] += [(root, None, "", name) for name, root in reversed(roots)]
-        for is_data, waiting in self._waiting.items():  # what is reached both ways is no data
-            while waiting:
-                node = waiting.pop()
-                if id(node[0]) not in self._seen:
-                    self._seen.add(id(node[0]))
-                    self._look_at(node, is_data)
+        while any(self._waiting.values()):
+            is_data = not self._waiting[False]  # what is reached both ways is no data
+            node = self._waiting[is_data].pop()
+            if id(node[0]) not in self._seen:
+                self._seen.add(id(node[0]))
+                self._look_at(node, is_data)
 
     def _look_at(self, node: Node, is_data: bool) -> None:
         value = node[0]
@@ -104,7 +105,7 @@ class Reached:
             self.saved.append((node, save_generator(value)))
         elif cls.kind == "container":
             self._look_at_container(node, cls.container, is_data)
-        elif cls.kind == "tuple" and len(value) <= self.n_most[is_data]:
+        elif cls.kind == "tuple" and len(value) <= self._n_most[is_data]:
             self._look_later(node, "[", enumerate(value), is_data)
         elif cls.kind == "function":
             self._look_later(node, ".", _parts_of(value, is_data), is_data)
@@ -116,7 +117,7 @@ class Reached:
             self._look_at_attributes(node, cls, is_data)
 
     def _look_at_container(self, node: Node, base: type, is_data: bool) -> None:
-        if base.__len__(node[0]) > self.n_most[is_data]:
+        if base.__len__(node[0]) > self._n_most[is_data]:
             self.large_containers.append((node, base))
             return
         restore, items = save_items(node[0], base)
@@ -139,7 +140,7 @@ class Reached:
                 self.saved.append(((value, node, kind, key), (cls.container.clear, value)))  # a module has a dozen
             elif cls.is_looked_at:
                 to_data = is_data or cls.is_data or (kind == "." and key in _NAMES_OF_DATA)
-                self._waiting[to_data].append((value, node, kind, key))
+                self._waiting[to_data and not cls.is_module].append((value, node, kind, key))
 
     def _class(self, cls: type) -> "_Class":
         if cls not in self._classes:
@@ -174,6 +175,7 @@ class _Class:
         definers = [next(base for base in cls.__mro__ if name in vars(base)) for name in _PICKLING]
         self.is_whole = all(_library(base) in _OPEN_LIBRARIES for base in definers)
         self.is_data = issubclass(cls, _DATA)
+        self.is_module = issubclass(cls, nn.Module)
 
 
 def _library(cls: type) -> str:
