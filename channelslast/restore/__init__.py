@@ -116,46 +116,29 @@ class _Saved:
     @contextmanager
     def put_back_afterwards(self) -> Iterator[None]:
         "No tensor has a gradient inside; after it everything is put back."
-        error = None
         try:
-            for tensor in self.leaves:
-                tensor.grad = None
-            yield
-        except BaseException as raised:
-            error = raised
+            try:
+                for tensor in self.leaves:
+                    tensor.grad = None
+                yield
+            finally:
+                failed = _put_back(self.all)
+        except BaseException as error:
+            failed = _put_back(self.all)  # once more: it may be an interrupt of the first time
+            if failed:
+                error.add_note(_message(failed))
             raise
-        finally:
-            _finish(self.all, error)
+        if failed:
+            raise RuntimeError(_message(failed)) from failed[0][1]
 
     def put_tensors_back(self) -> None:
-        _finish(self.values)
+        failed = _put_back(self.values)
+        if failed:
+            raise RuntimeError(_message(failed)) from failed[0][1]
 
 
 def _can_train(tensor: Tensor) -> bool:
     return tensor.requires_grad or tensor.grad is not None or issubclass(type(tensor), nn.Parameter)
-
-
-def _finish(
-    saved: list[Saved],
-    error: BaseException | None = None,  # that is on its way
-) -> None:
-    "Put it all back, also after a failure or an interrupt of that; then tell it, in a note if an error is on its way."
-    try:
-        failed = _put_back(saved)
-        interrupt = None
-    except BaseException as raised:
-        failed = _put_back(saved)
-        interrupt = raised
-    if failed:
-        shown = [f"{words(node)} ({type(reason).__name__}: {reason})" for node, reason in failed[:5]]
-        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-        message = f"channelslast could not put back {', '.join(shown)}{more}"
-        on_its_way = interrupt or error
-        if on_its_way is None:
-            raise RuntimeError(message) from failed[0][1]
-        on_its_way.add_note(message)
-    if interrupt is not None:
-        raise interrupt
 
 
 def _put_back(saved: list[Saved]) -> list[tuple[Node, Exception]]:
@@ -167,3 +150,9 @@ def _put_back(saved: list[Saved]) -> list[tuple[Node, Exception]]:
         except Exception as error:
             failed.append((node, error))
     return failed
+
+
+def _message(failed: list[tuple[Node, Exception]]) -> str:
+    shown = [f"{words(node)} ({type(reason).__name__}: {reason})" for node, reason in failed[:5]]
+    more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+    return f"channelslast could not put back {', '.join(shown)}{more}"
