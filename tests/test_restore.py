@@ -26,6 +26,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric
 from fastai.optimizer import Lookahead, OptimWrapper, ranger
 from fastcore.foundation import L
+from fastcore.xtras import ReindexCollection
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -650,6 +651,14 @@ def test_savers_and_loggers_write_nothing(learn, tmp_path):
     assert not hasattr(learn, "lr_finder") and [vars(cb) for cb in learn.cbs] == before
 
 
+def test_progress_bar_that_was_taken_off(learn):
+    learn.add_cb(ProgressCallback())
+    progress, cbs = learn.progress, list(learn.cbs)
+    with unchanged_learner(learn), learn.no_bar():
+        learn.fit(1)
+    assert learn.progress is progress and progress.learn is learn and list(learn.cbs) == cbs
+
+
 def test_callbacks_and_data_that_were_exchanged(learn):
     learn.add_cbs([MixedPrecision("bf16"), ChannelsLast()])
     cbs, items, dls, channels_last = learn.cbs, list(learn.cbs), learn.dls, learn.channels_last
@@ -662,10 +671,22 @@ def test_callbacks_and_data_that_were_exchanged(learn):
     assert learn.channels_last is channels_last and channels_last.learn is learn and not hasattr(learn, "mix_up")
 
 
+class ShufflesInPlace(FastaiDataLoader):
+    "As fastai's loader for language models: the next order comes from this one."
+
+    def __init__(self, items, **kwargs):
+        super().__init__(items, **kwargs)
+        self.order = ReindexCollection(range(len(items)))
+
+    def get_idxs(self):
+        self.order.shuffle()
+        return list(self.order.idxs)
+
+
 def shuffled_learner(loader):
     torch.manual_seed(0)
-    x = torch.arange(24.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    items = list(zip(x, torch.arange(24) % 3))
+    x = torch.arange(144.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    items = list(zip(x, torch.arange(144) % 3))
     dls = new_dls(3, 8, 8)
     dls.loaders[0] = loader(items)
     return Learner(dls, TinyNet(), loss_func=CrossEntropyLossFlat())
@@ -677,11 +698,12 @@ def shuffled_learner(loader):
         lambda items: FastaiDataLoader(items, bs=8, shuffle=True),
         lambda items: torch.utils.data.DataLoader(items, 8, shuffle=True),
         lambda items: torch.utils.data.DataLoader(items, 8, shuffle=True, generator=torch.Generator().manual_seed(3)),
+        lambda items: ShufflesInPlace(items, bs=8),
         lambda items: torch.utils.data.DataLoader(
             items, 8, sampler=torch.utils.data.RandomSampler(items, generator=torch.Generator().manual_seed(3))
         ),
     ],
-    ids=["fastai", "torch", "torch with a generator", "torch with a sampler"],
+    ids=["fastai", "torch", "torch with a generator", "in place", "torch with a sampler"],
 )
 def test_data_come_in_the_order_they_would_have(loader):
     orders = []

@@ -9,8 +9,11 @@ What comes back, of the modules or the Learner that are named and of all that th
 - random generators, and the global random states;
 - autocast, for a Learner.
 
-Nothing is copied but containers, one level deep, arrays, and the values of tensors (to the CPU). `reach.py` tells how
-far all of this goes, and what is left alone.
+What does not: the tensors and arrays of DataLoaders and data sets; streams, running iterators and open files; objects
+that are more than their attributes, as data frames and images; classes, the variables of functions (but of those that
+load data), and other Learners. `reach.py` has the rules.
+
+Nothing is copied but containers, one level deep, arrays, and the values of tensors (to the CPU).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +64,7 @@ def unchanged_learner(
     get. Raises as `unchanged_modules` does.
     """
     quiet = L(cb for cb in learn.cbs if not _is_loud(cb))
-    saved = _Saved([("learn", learn)], values, left_alone=filter(_is_loud, learn.cbs))
+    saved = _Saved([("learn", learn)], values, opaque=filter(_is_loud, learn.cbs))
     for device_type in {"cpu", training_device(learn).type}:
         saved.add(f"autocast on '{device_type}'", AutocastState(device_type).restore)
     with saved.put_back_afterwards():
@@ -95,9 +98,9 @@ class _Saved:
         self,
         roots: list[tuple[str, Any]],  # with the name that an error gives them
         values: bool = True,  # with the values and memory of tensors, arrays and large containers
-        left_alone: Iterable[Any] = (),  # not to look at
+        opaque: Iterable[Any] = (),  # not to look into
     ):
-        reached = Reached(roots, left_alone, n_most=10_000 if values else 1_000)
+        reached = Reached(roots, opaque, n_most=10_000 if values else 1_000)
         self.values, large = [], []
         if values:
             self.values = [(node, save_values(node[0])) for node in reached.tensors]

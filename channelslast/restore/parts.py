@@ -42,14 +42,15 @@ def save_values(tensor: Tensor) -> Restore:
 
 @torch.no_grad()
 def _put_values_back(tensor: Tensor, data: Tensor, values: Tensor | None) -> None:
-    if values is not None:
-        values = values.to(data.device)
-        if not _has_bits(values):
-            data.copy_(values)
-        elif not torch.equal(_bits(values), _bits(data)):  # else its memory may be one that cannot be written to
-            once = tuple(slice(1 if stride == 0 else None) for stride in data.stride())  # where it is expanded
-            data[once].copy_(values[once])
     tensor.data = data
+    if values is None:
+        return
+    # Memory of a mapped file cannot be written to, but is as it was. Compared on the CPU, for a GPU may be full.
+    if not _has_bits(values):
+        data.copy_(values)
+    elif not torch.equal(_bits(values), _bits(data.to("cpu"))):
+        once = tuple(slice(1 if stride == 0 else None) for stride in data.stride())  # where it is expanded
+        data[once].copy_(values[once])
 
 
 def _has_bits(tensor: Tensor) -> bool:

@@ -72,7 +72,7 @@ class Reached:
     def __init__(
         self,
         roots: list[tuple[str, Any]],  # with the name that an error gives them
-        left_alone: Iterable[Any],  # not to look at
+        opaque: Iterable[Any],  # of which the attributes come back, but nobody looks into them
         n_most: int,  # items of a container to look into
     ):
         self.saved: list[Saved] = []
@@ -80,10 +80,13 @@ class Reached:
         self.arrays: list[Node] = []
         self.large_containers: list[tuple[Node, type]] = []
         self._classes: dict[type, _Class] = {}
-        self._seen = {id(value) for value in left_alone}
+        self._seen: set[int] = set()
         self._n_most = {False: n_most, True: 100}  # by whether it is among data
         self._waiting: dict[bool, list[Node]] = {False: [], True: []}
         self._waiting[False] += [(root, None, "", name) for name, root in reversed(roots)]
+        for obj in opaque:
+            self._seen.add(id(obj))
+            self.saved.append(((obj, None, "", type(obj).__name__), save_attributes(obj, ())[0]))
         while any(self._waiting.values()):
             is_data = not self._waiting[False]  # what is reached both ways is no data
             node = self._waiting[is_data].pop()
