@@ -1,0 +1,264 @@
+"Capture a module's forward and backward pass as CUDA graphs, and leave all else as it was. PyTorch only."
+
+import gc
+import inspect
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from channelslast.errors import raised_in
+from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, name_of
+from channelslast.nested import map_tensors, tensors_in
+
+__all__ = ["Graph", "NotCapturedError", "capture", "in_words"]
+
+
+class NotCapturedError(Exception):
+    "Says in words why a module cannot be replayed."
+
+
+def capture(
+    module: nn.Module,
+    inputs: tuple,
+    pool: Any,  # of `torch.cuda.graph_pool_handle`, the memory that graphs of `module` share
+    ground: Ground,  # of `module`, as it is
+) -> "Graph":
+    "Capture `module` for inputs like these; raises `NotCapturedError`, or what PyTorch or the module raises."
+    _check(module, inputs)
+    with _unchanged_by_capture(module, inputs[0].device):
+        _warm_up(module, inputs)
+        graph = Graph(module, inputs, pool)
+        if changed := ground.change():
+            raise NotCapturedError(f"its forward pass changes {changed} in Python, which a replay would not")
+    return graph
+
+
+def in_words(
+    error: Exception,
+    module: nn.Module,
+) -> str:
+    "What `error` says, and in which part of `module` it was raised, if that can be told."
+    where = raised_in(error, module)
+    message = str(error).partition("\n")[0]
+    place = f" in {name_of(where)}" if where is not None else ""
+    return f"{type(error).__name__}{place}: {message}"
+
+
+class Graph:
+    "The captured forward and backward pass for inputs of one kind."
+
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any):
+        params = [param for param in module.parameters() if param.requires_grad]
+        static = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
+        options = {"num_warmup_iters": 1, "allow_unused_input": True, "pool": pool}
+        if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+            options["capture_error_mode"] = "thread_local"  # a thread that pins batches in memory may go on
+        _renew_accumulators(params)
+        try:
+            with _uncached_autocast(), warnings.catch_warnings():
+                # that the nodes wait for one another, which they do once
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+                self.graphed = torch.cuda.make_graphed_callables(_Body(module), static, **options)
+        finally:
+            _renew_accumulators(params)
+        outputs = [output for output in tensors_in(self.graphed(*inputs)) if output.requires_grad]
+        zeros = [torch.zeros_like(output) for output in outputs]
+        gradients = torch.autograd.grad(outputs, params, zeros, allow_unused=True)
+        # the address to which each replay writes the gradient of a parameter
+        self.gradients = [(p, grad.data_ptr()) for p, grad in zip(params, gradients, strict=True) if grad is not None]
+
+    def replay(
+        self,
+        counter: Any,  # with `n_replays`, of all graphs that share their memory
+        inputs: tuple[Tensor, ...],
+    ) -> Any:
+        "What the module returns for `inputs`, to be used before the next replay."
+        output = self.graphed(*inputs)
+        copies = iter(_Copies.apply(counter, counter.n_replays, *tensors_in(output)))
+        return map_tensors(lambda tensor: next(copies), output)
+
+
+def _renew_accumulators(params: list[Tensor]) -> None:
+    """Have autograd make the nodes that accumulate gradients anew, in the stream of the next step.
+
+    A node stays in the stream of the step that made it, for as long as a graph of that step is held, as by the last
+    loss. In another stream a capture fails, or each backward pass waits. PyTorch drops the node of a tensor whose
+    `data` move to another device (`VariableHooks::set_data`).
+    """
+    for param in params:
+        data = param.data
+        try:
+            param.data = torch.empty(0, dtype=data.dtype, device="cpu")
+        finally:
+            param.data = data
+
+
+class _Body(nn.Module):
+    "Stands between PyTorch, which replaces the `forward` of what it captures, and the module."
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+
+class _Copies(torch.autograd.Function):
+    "Copies of a replay's outputs, whose backward pass makes sure that no later replay has written over what it needs."
+
+    @staticmethod
+    def forward(ctx: Any, counter: Any, n_replays: int, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.counter, ctx.n_replays = counter, n_replays
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        if ctx.n_replays != ctx.counter.n_replays:
+            raise RuntimeError(
+                "A CUDA graph was replayed, or went backward, since this output was computed, and has overwritten what "
+                "its backward pass needs: call `backward` once, before the next forward pass, or train without "
+                "`cuda_graph`"
+            )
+        ctx.counter.n_replays += 1
+        return None, None, *grads
+
+
+def _check(module: nn.Module, inputs: tuple) -> None:
+    "Raise an error that says why `module` cannot be captured, for what PyTorch would not say or not see."
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise NotCapturedError(f"{type(module).__name__} spreads it over several GPUs")
+    if not inputs or not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in inputs):
+        raise NotCapturedError(f"its inputs are {', '.join(type(x).__name__ for x in inputs) or 'none'}, not tensors")
+    tensors = [*module.parameters(), *module.buffers()]
+    devices = {tensor.device for tensor in (*inputs, *tensors)}
+    if len(devices) > 1 or next(iter(devices)).type != "cuda":
+        raise NotCapturedError(
+            f"it and its inputs lie on {', '.join(sorted(map(str, devices)))}, not on one CUDA device"
+        )
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise NotCapturedError("no parameter takes a gradient")
+    held = _held_by(module)
+    for name, submodule in module.named_modules():
+        hooks = [hook for kind in HOOKS for hook in vars(submodule).get(kind, {}).values()]
+        if not all(_belongs_to(hook, held) for hook in hooks):
+            raise NotCapturedError(f"{name_of(name)} has hooks of others, which a replay would not call")
+    for name, param in module.named_parameters():
+        if getattr(param, "_backward_hooks", None) or getattr(param, "_post_accumulate_grad_hooks", None):
+            raise NotCapturedError(f"the parameter `{name}` has hooks, which a capture would apply twice")
+
+
+def _held_by(module: nn.Module) -> set[int]:
+    "The modules of `module` and what they hold as attributes, by `id`."
+    held = [*module.modules()]
+    for value in [value for submodule in module.modules() for value in vars(submodule).values()]:
+        held += value if isinstance(value, (list, tuple)) else [value]
+    return set(map(id, held))
+
+
+def _belongs_to(hook: Any, held: set[int]) -> bool:
+    """Whether `hook` is part of the model: its own object's, as fastai's U-Net has them, or PyTorch's for a weight.
+
+    What such a hook keeps is for the forward pass itself, and is captured with it.
+    """
+    while isinstance(hook, partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", hook)
+    return id(owner) in held or type(owner).__module__.startswith("torch.nn.utils.")
+
+
+def _uncached_autocast() -> Any:
+    "Autocast as it is, without its cache of weights, which a capture must not use."
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
+
+
+def _warm_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Run a step in which all is made that is made once, and one that raises where the CPU would wait for the GPU.
+
+    No graph can wait. A capture that fails for it does not tell where, and leaves PyTorch's random generator and its
+    allocator in the middle of one.
+    """
+    _step(module, inputs)
+    mode = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        _step(module, inputs)
+    finally:
+        _set_sync_debug_mode(mode)
+    torch.cuda.empty_cache()  # else the capture, in a stream of its own, would have none of this memory
+
+
+def _step(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with _uncached_autocast():
+        outputs = [output for output in tensors_in(module(*inputs)) if output.requires_grad]
+    params = [param for param in module.parameters() if param.requires_grad]
+    torch.autograd.grad(outputs, params, list(map(torch.empty_like, outputs)), allow_unused=True)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it does not see all, and says so
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def _unchanged_by_capture(module: nn.Module, device: torch.device) -> Iterator[None]:
+    "Put back what the forward passes of a capture change, and what a capture that fails leaves behind."
+    attributes = [(vars(submodule), dict(vars(submodule))) for submodule in module.modules()]
+    members = [(owner, dict(owner)) for _, saved in attributes for kind in MEMBERS if (owner := saved.get(kind))]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    gpu_state, stream = torch.cuda.get_rng_state(device), torch.cuda.current_stream(device)
+    cpu_states = _cpu_states()
+    is_collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a CUDA graph of before that is freed now would spoil the capture
+    torch.cuda.empty_cache()
+    try:
+        yield
+        if _cpu_states() != cpu_states:
+            raise NotCapturedError("it draws random numbers on the CPU, which a replay would repeat")
+    except BaseException:
+        _leave_capture(stream)
+        raise
+    finally:
+        for owner, saved in (*attributes, *members):
+            for name in owner.keys() - saved.keys():
+                del owner[name]
+            owner.update(saved)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+        torch.cuda.set_rng_state(gpu_state, device)
+        random.setstate(cpu_states[0])
+        np.random.set_state(("MT19937", *cpu_states[1]))
+        torch.set_rng_state(torch.tensor(cpu_states[2], dtype=torch.uint8))
+        torch.cuda.empty_cache()  # of the warm-up, which has run in a stream of its own
+        if is_collecting:
+            gc.enable()
+
+
+def _cpu_states() -> tuple:
+    "The states of Python's, NumPy's and PyTorch's random generators, to compare."
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), (keys.tolist(), *rest), torch.get_rng_state().tolist()
+
+
+def _leave_capture(stream: torch.cuda.Stream) -> None:
+    """Go on in `stream`, and take the GPU's random generator out of a capture that CUDA broke off.
+
+    By a capture that succeeds; PyTorch does neither by itself (seen in 2.11), and dropout would raise "Offset increment
+    outside graph capture".
+    """
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=stream.device)
+    torch.cuda.set_stream(stream)

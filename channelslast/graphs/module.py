@@ -1,0 +1,138 @@
+"""A module called by replaying CUDA graphs of its forward and backward pass. PyTorch only.
+
+In a small step the GPU waits: Python launches its kernels one by one, slower than the GPU runs them. A CUDA graph is
+the recorded list of these launches, on fixed memory, which one call starts again. This file decides when a recorded
+graph still does what the module would, and else runs the module as it is.
+"""
+
+import gc
+from collections import deque
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+
+from channelslast.graphs.capture import Graph, NotCapturedError, capture, in_words
+from channelslast.graphs.ground import Ground
+from channelslast.memory_format import has_lazy_parameters
+
+__all__ = ["GraphedModule"]
+
+_MAX_GRAPHS = 4  # each has gradients of its own; they share the memory of the activations
+_RECENT = 32  # calls; inputs of a kind that came `_OFTEN` times among them are worth a graph
+_OFTEN = 3
+
+
+class GraphedModule:
+    """Calls `module` by replaying CUDA graphs of its forward and backward pass, where that does what the module would.
+
+    A graph is captured on the first call, and for inputs of another shape once they come often. The module runs as it
+    is in evaluation mode, without gradients, and for inputs that no graph fits. When something changes that the graphs
+    rest on (the memory or `requires_grad` of a parameter, the mode of a submodule, a hook, a number that a module
+    keeps), they are given up, and captured anew once it stays. Capturing leaves buffers, gradients, random states and
+    attributes as they were. What cannot be captured runs as it is from then on, and one warning says why.
+
+    Replayed are the GPU's kernels. The module's Python does not run, nor do hooks inside of it. Outputs are copies.
+    Gradients lie in the graphs' own memory: the next call overwrites a `.grad` that is None by then, as after
+    `zero_grad()`, or said to be zero by `gradients_are_zero`; it copies any other first, so that gradients add up.
+    Each call has one backward pass, before the next call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,  # on one CUDA device
+    ):
+        self.module = module
+        self.reason: str | None = None  # why nothing is captured any more
+        self.n_replays = 0
+        self._graphs: dict[tuple, Graph] = {}  # by the kind of their inputs, the last used one last
+        self._recent: deque[tuple] = deque(maxlen=_RECENT)
+        self._ground: Ground | None = None
+        self._pool: Any = None
+        self._are_zero = False
+
+    @property
+    def n_graphs(self) -> int:
+        "How many graphs there are at the moment."
+        return len(self._graphs)
+
+    def __call__(
+        self,
+        *inputs: Tensor,
+    ) -> Any:
+        "What `module(*inputs)` returns."
+        are_zero, self._are_zero = self._are_zero, False
+        if self.reason or not self.module.training or not torch.is_grad_enabled():
+            return self.module(*inputs)
+        graph = self._graph_for(inputs)
+        if graph is None:
+            return self.module(*inputs)
+        self._free_gradients(are_zero)
+        self.n_replays += 1
+        return graph.replay(self, inputs)
+
+    def gradients_are_zero(self) -> None:
+        "Say that every gradient was set to zero: the next call need not keep them."
+        self._are_zero = True
+
+    def release(self) -> None:
+        "Give up the graphs and their memory."
+        self._free_gradients(are_zero=False)
+        self._recent.clear()
+        self._ground = self._pool = None
+        if self._graphs:
+            self._graphs.clear()
+            gc.collect()  # they stand in reference cycles
+
+    def _graph_for(self, inputs: tuple) -> Graph | None:
+        "The graph for `inputs`, captured now if it is time to; None to run the module."
+        is_first = not self._recent
+        if self._ground is not None and not self._ground.holds():
+            self.release()
+        kind = _kind(inputs)
+        graph = self._graphs.pop(kind, None)
+        if graph is None:
+            self._recent.append(kind)
+            if (not is_first and self._recent.count(kind) < _OFTEN) or has_lazy_parameters(self.module):
+                return None
+            graph = self._try_to_capture(inputs)
+        if graph is not None:
+            self._graphs[kind] = graph
+        return graph
+
+    def _try_to_capture(self, inputs: tuple) -> Graph | None:
+        while len(self._graphs) >= _MAX_GRAPHS:
+            self._free_gradients(are_zero=False)
+            self._graphs.pop(next(iter(self._graphs)))
+        graph = None
+        try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._ground = self._ground or Ground(self.module)
+            graph = capture(self.module, inputs, self._pool, self._ground)
+        except NotCapturedError as error:
+            self.reason = str(error)
+        except Exception as error:  # one of the module's own comes again from the call that follows
+            self.reason = in_words(error, self.module)
+        if graph is None:
+            self.release()
+            torch.cuda.empty_cache()
+            warn(f"No CUDA graph of {type(self.module).__name__}, it runs as it is: {self.reason}")
+        return graph
+
+    def _free_gradients(self, are_zero: bool) -> None:
+        "Leave no gradient in the memory that a replay writes to."
+        written = {address for graph in self._graphs.values() for _, address in graph.gradients}
+        for param in {param for graph in self._graphs.values() for param, _ in graph.gradients}:
+            grad = param.grad
+            if grad is not None and grad.data_ptr() in written:
+                param.grad = None if are_zero else grad.clone()
+
+
+def _kind(inputs: tuple) -> tuple:
+    "What a graph is captured for: autocast, and the inputs' shapes and dtypes."
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    facts = [
+        (type(x), x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in inputs
+    ]
+    return *autocast, *facts

@@ -1,0 +1,517 @@
+"CUDA graphs of a module: replayed, it trains as it would by itself, whatever comes next."
+
+import copy
+import gc
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from channelslast.graphs import GraphedModule
+
+pytestmark = pytest.mark.cuda
+
+
+class Net(nn.Sequential):
+    "Convolutions without atomics, BatchNorm and dropout: eager twins are equal to the bit."
+
+    def __init__(self, n_out=5):
+        super().__init__(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Conv2d(16, 32, 3, padding=1, stride=2),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, n_out),
+        )
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def twins(new=Net):
+    torch.manual_seed(0)
+    model = new().cuda().to(memory_format=torch.channels_last)
+    return model, copy.deepcopy(model)
+
+
+def batches(n=8, bs=16, size=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, bs, 3, size, size, generator=generator)
+    targets = torch.randint(0, 5, (n, bs), generator=generator)
+    return [(x.cuda().to(memory_format=torch.channels_last), y.cuda()) for x, y in zip(images, targets)]
+
+
+def train(call, model, data, dtype=None, zero="none", n_acc=1, opt=None, scaler=None, between=None):
+    "Train on `data`; the losses."
+    opt = opt or torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scaler = scaler or torch.amp.GradScaler("cuda", enabled=dtype is torch.float16, init_scale=2.0**10)
+    losses = []
+    torch.manual_seed(7)
+    for i, (x, y) in enumerate(data):
+        if between:
+            between(i, model)
+        with torch.autocast("cuda", dtype=dtype or torch.float16, enabled=dtype is not None):
+            loss = F.cross_entropy(call(x), y)
+        scaler.scale(loss / n_acc).backward()
+        losses.append(loss.detach().clone())
+        if (i + 1) % n_acc == 0:
+            scaler.step(opt)
+            scaler.update()
+            if zero == "none":
+                opt.zero_grad()
+            else:
+                opt.zero_grad(set_to_none=False)
+                if zero == "said" and isinstance(call, GraphedModule):
+                    call.gradients_are_zero()
+    return torch.stack(losses).tolist()
+
+
+def assert_same(first, second):
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zero", ["none", "in place", "said"])
+@pytest.mark.parametrize("n_acc", [1, 2])
+def test_trains_as_eager_to_the_bit(dtype, zero, n_acc):
+    eager, model = twins()
+    graphed = GraphedModule(model)
+    data = batches()
+    expected = train(eager, eager, data, dtype, zero, n_acc)
+    assert train(graphed, model, data, dtype, zero, n_acc) == expected
+    assert graphed.n_graphs == 1 and graphed.reason is None and graphed.n_replays == 2 * len(data)
+    assert_same(eager, model)
+
+
+def test_capturing_changes_nothing():
+    _, model = twins()
+    before = copy.deepcopy(model.state_dict())
+    python, cpu, gpu = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state()
+    graphed = GraphedModule(model)
+    ((x, _),) = batches(1)
+    assert graphed._graph_for((x,)) is not None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), cpu) and torch.equal(torch.cuda.get_rng_state(), gpu)
+    assert all(param.grad is None for param in model.parameters())
+    assert "forward" not in vars(model)
+
+
+def test_last_short_batch_and_other_sizes_run_as_they_are():
+    eager, model = twins()
+    graphed = GraphedModule(model)
+    data = [*batches(3), *batches(1, bs=1), *batches(2, bs=5, seed=2), *batches(3, seed=3)]
+    assert train(graphed, model, data) == train(eager, eager, data)
+    assert graphed.n_graphs == 1
+    assert_same(eager, model)
+
+
+def test_another_size_that_stays_is_captured():
+    eager, model = twins()
+    graphed = GraphedModule(model)
+    data = [*batches(2), *batches(5, size=24), *batches(2, seed=5), *batches(2, size=24, seed=6)]
+    assert train(graphed, model, data) == train(eager, eager, data)
+    assert graphed.n_graphs == 2
+    assert_same(eager, model)
+
+
+def test_few_graphs_are_kept():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    train(graphed, model, [batch for size in range(8, 22, 2) for batch in batches(4, size=size)])
+    assert graphed.n_graphs == 4
+
+
+def test_evaluation_and_no_grad_run_as_they_are():
+    eager, model = twins()
+    graphed = GraphedModule(model)
+    data = batches()
+    assert train(graphed, model, data) == train(eager, eager, data)
+    n_calls = graphed.n_replays
+    with torch.no_grad():
+        torch.manual_seed(3)
+        first = graphed(data[0][0])
+        torch.manual_seed(3)
+        assert torch.equal(first, eager(data[0][0]))
+    assert torch.equal(eager.eval()(data[0][0]), (model.eval(), graphed(data[0][0]))[1])
+    assert graphed.n_replays == n_calls
+
+
+def freeze_batch_norm(i, model):
+    model[1].train(i < 3)
+
+
+def freeze_body(i, model):
+    model[0].requires_grad_(i < 3)
+
+
+def move_weights(i, model):
+    if i == 3:
+        model.to(memory_format=torch.contiguous_format)
+
+
+def replace_weight(i, model):
+    if i == 3:
+        model[-1].weight = nn.Parameter(model[-1].weight.detach() * 2)
+
+
+def replace_module(i, model):
+    if i == 3:
+        model[2] = nn.SiLU()
+
+
+def change_dropout(i, model):
+    model[3].p = 0.3 if i < 4 else 0.1
+
+
+def load(i, model):
+    if i == 3:
+        model.load_state_dict({name: value.clone() + 0.01 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "between", [freeze_batch_norm, freeze_body, move_weights, replace_weight, replace_module, change_dropout, load]
+)
+def test_change_of_the_model_in_between(between):
+    eager, model = twins()
+    graphed = GraphedModule(model)
+    data = batches(12)
+    assert train(graphed, model, data, between=between) == train(eager, eager, data, between=between)
+    assert graphed.reason is None and graphed.n_graphs == 1
+    assert_same(eager, model)
+
+
+def test_hook_set_later_is_called():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    data = batches(3)
+    train(graphed, model, data)
+    seen = []
+    model[4].register_forward_hook(lambda *args: seen.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(graphed, model, batches(5))
+    assert len(seen) == 5
+
+
+class Synchronizes(nn.Module):
+    def forward(self, x):
+        return x * (1.0 if x.mean().item() > 1e9 else 1.5)
+
+
+class CopiesFromCpu(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([1.5]).to(x.device)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        return x * self.n
+
+
+class DrawsOnCpu(nn.Module):
+    def forward(self, x):
+        return x * random.random()
+
+
+class ReplacesBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.mean = self.mean * 0.9 + x.detach().mean() * 0.1
+        return x + self.mean
+
+
+@pytest.mark.parametrize("part", [Synchronizes, CopiesFromCpu, Counts, DrawsOnCpu, ReplacesBuffer])
+def test_model_that_cannot_be_captured_trains_eagerly_with_one_warning(part):
+    def new():
+        model = Net()
+        model[2] = part()
+        return model
+
+    eager, model = twins(new)
+    graphed = GraphedModule(model)
+    data = batches(6)
+    random.seed(0)
+    expected = train(eager, eager, data)
+    random.seed(0)
+    with pytest.warns(UserWarning, match="No CUDA graph of Net, it runs as it is: ") as told:
+        assert train(graphed, model, data) == expected
+    assert len([w for w in told if "CUDA graph" in str(w.message)]) == 1
+    assert graphed.n_graphs == 0
+    if part in (Synchronizes, CopiesFromCpu):
+        assert "`2`" in graphed.reason, graphed.reason
+    print(part.__name__, graphed.reason)
+    assert_same(eager, model)
+
+
+def test_error_of_the_model_is_its_own():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="expected input"):
+        graphed(torch.randn(4, 7, 8, 8, device="cuda"))
+
+
+class Hungry(nn.Module):
+    "Takes more memory in a capture than there is."
+
+    def forward(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return x * 1.5
+
+
+def test_out_of_memory_in_a_capture_runs_eagerly():
+    def new():
+        model = Net()
+        model[2] = Hungry()
+        return model
+
+    eager, model = twins(new)
+    graphed = GraphedModule(model)
+    data = batches(4)
+    expected = train(eager, eager, data)
+    with pytest.warns(UserWarning, match="OutOfMemoryError in `2`"):
+        assert train(graphed, model, data) == expected
+    assert_same(eager, model)
+
+
+class Interrupts(nn.Module):
+    n = 0
+
+    def forward(self, x):
+        Interrupts.n += 1
+        if Interrupts.n == 5:  # in the capture, after three steps to warm up and one more
+            raise KeyboardInterrupt
+        return x
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_interrupt_in_a_capture(at, monkeypatch):
+    def new():
+        model = Net()
+        model[2] = Interrupts()
+        return model
+
+    eager, model = twins(new)
+    data = batches(4)
+    monkeypatch.setattr(Interrupts, "n", 5 - at)
+    graphed = GraphedModule(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        graphed(data[0][0])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    graphed.release()
+    monkeypatch.setattr(Interrupts, "n", 100)
+    assert train(graphed, model, data) == train(eager, eager, data)
+    assert graphed.n_graphs == 1
+    assert_same(eager, model)
+
+
+def test_outputs_and_gradients_are_not_overwritten():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    (x, y), (x2, y2) = batches(2)
+    first = graphed(x)
+    F.cross_entropy(first, y).backward()
+    values, grads = first.detach().clone(), [param.grad.clone() for param in model.parameters()]
+    second = graphed(x2)
+    assert torch.equal(first, values)
+    assert all(torch.equal(a, param.grad) for a, param in zip(grads, model.parameters()))
+    F.cross_entropy(second, y2).backward()
+    assert not any(torch.equal(a, param.grad) for a, param in zip(grads, model.parameters()))
+
+
+def test_backward_of_an_earlier_call_is_an_error():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    (x, _), (x2, _) = batches(2)
+    first = graphed(x)
+    graphed(x2)
+    with pytest.raises(RuntimeError, match="CUDA graph was replayed"):
+        first.sum().backward()
+    third = graphed(x)
+    third.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="CUDA graph was replayed"):
+        third.sum().backward()
+
+
+class Branches(nn.Module):
+    "Several inputs, nested outputs, a parameter that is not used and one that is used twice."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.unused = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(2, 2)
+        self.tied = nn.Linear(8, 5)
+        self.tied.weight = self.head.weight
+
+    def forward(self, a, b):
+        a, b = (self.conv(x).relu().mean((2, 3)) for x in (a, b))
+        return {"a": self.head(a), "more": (self.tied(b), b.detach())}
+
+
+def test_several_inputs_nested_outputs_unused_and_tied_parameters():
+    eager, model = twins(Branches)
+    graphed = GraphedModule(model)
+    for call, net in ((eager, eager), (graphed, model)):
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        for x, y in batches(4):
+            out = call(x, x.flip(0))
+            (F.cross_entropy(out["a"], y) + F.cross_entropy(out["more"][0], y)).backward()
+            opt.step()
+            opt.zero_grad()
+            assert net.unused.weight.grad is None
+    assert graphed.n_graphs == 1 and graphed.reason is None
+    assert_same(eager, model)
+
+
+def test_memory_is_given_back():
+    _, model = twins()
+    graphed = GraphedModule(model)
+    train(graphed, model, batches(4, bs=64, size=64))
+    model.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    graphed.release()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held
+
+
+def test_threads_that_pin_memory_do_not_disturb_a_capture():
+    eager, model = twins()
+    x = torch.randn(64, 3, 16, 16)
+    y = torch.randint(0, 5, (64,))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=8, pin_memory=True, num_workers=2
+    )
+    graphed = GraphedModule(model)
+    on_gpu = lambda: ((a.cuda(non_blocking=True), b.cuda(non_blocking=True)) for a, b in loader)  # noqa: E731
+    assert train(graphed, model, on_gpu()) == train(eager, eager, on_gpu())
+    assert graphed.n_graphs == 1
+
+
+def test_compiled_model_is_captured_as_compiled():
+    pytest.importorskip("triton")
+    _, model = twins()
+    eager = copy.deepcopy(model)
+    for net in (model, eager):
+        net.requires_grad_(True)[3].p = 0.0
+        net._compiled_call_impl = None
+    wrapped = nn.Sequential(*model)
+    compiled = torch.compile(wrapped)
+    graphed = GraphedModule(compiled)
+    data = batches(6)
+    expected = train(eager, eager, data)
+    assert train(graphed, model, data) == pytest.approx(expected, rel=1e-3)
+    assert graphed.n_graphs == 1 and graphed.reason is None
+
+
+class BreaksOffACapture(nn.Module):
+    "Waits for the GPU in a way that PyTorch's debug mode does not see."
+
+    def forward(self, x):
+        torch.cuda.current_stream().synchronize()
+        return x * 1.5
+
+
+def test_capture_that_cuda_breaks_off_leaves_nothing_behind():
+    def new():
+        model = Net()
+        model[2] = BreaksOffACapture()
+        return model
+
+    eager, model = twins(new)
+    data = batches(6)
+    expected = train(eager, eager, data)
+    stream, reserved = torch.cuda.current_stream(), torch.cuda.memory_reserved()
+    graphed = GraphedModule(model)
+    with pytest.warns(UserWarning, match="No CUDA graph of Net"):
+        assert train(graphed, model, data) == expected
+    assert torch.cuda.current_stream() == stream
+    assert_same(eager, model)
+    first, second = twins()
+    graphed = GraphedModule(second)
+    assert train(graphed, second, data) == train(first, first, data)
+    assert graphed.n_graphs == 1
+    print(reserved, torch.cuda.memory_reserved())
+
+
+class WithHookOfItsOwn(nn.Module):
+    "Keeps an activation by a hook, as fastai's U-Net does, and uses it."
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Net(n_out=8), nn.Linear(8 + 16, 5)
+        self.body[0].register_forward_hook(self.keep)
+
+    def keep(self, module, inputs, output):
+        self.kept = output
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(torch.cat([x, self.kept.mean((2, 3))], 1))
+
+
+def test_hooks_of_the_model_itself_are_captured():
+    eager, model = WithHookOfItsOwn().cuda(), WithHookOfItsOwn().cuda()
+    model.load_state_dict(eager.state_dict())
+    graphed = GraphedModule(model)
+    data = [*batches(3), *batches(5, size=24)]
+    assert train(graphed, model, data) == train(eager, eager, data)
+    assert graphed.n_graphs == 2 and graphed.reason is None
+    assert_same(eager, model)
+
+
+def test_hooks_of_others_train_eagerly():
+    eager, model = twins()
+    seen = []
+    model[4].register_forward_hook(lambda *args: seen.append(1))
+    graphed = GraphedModule(model)
+    data = batches(5)
+    with pytest.warns(UserWarning, match="`4` has hooks"):
+        assert train(graphed, model, data) == train(eager, eager, data)
+    assert len(seen) == 5
+    assert_same(eager, model)
+
+
+def test_spectral_and_weight_norm():
+    def new():
+        model = Net()
+        model[0] = nn.utils.spectral_norm(model[0])
+        model[4] = nn.utils.parametrizations.weight_norm(model[4])
+        return model
+
+    torch.manual_seed(0)
+    eager, model = new().cuda(), new().cuda()
+    model.load_state_dict(eager.state_dict())
+    graphed = GraphedModule(model)
+    data = batches(5)
+    assert train(graphed, model, data) == train(eager, eager, data)
+    assert graphed.n_graphs == 1 and graphed.reason is None
+    assert_same(eager, model)
