@@ -1,0 +1,332 @@
+"Fused steps: fastai's own optimizers, and PyTorch's in an `OptimWrapper`, step with PyTorch's fused kernels."
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+from warnings import warn
+
+import torch
+from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
+from fastai.learner import Learner
+from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
+from torch import Tensor, nn
+
+from channelslast import fused_torch
+from channelslast.fit import LeanCallback
+from channelslast.fused_steps import Plan, foreach, names_of, why_no_kernel
+from channelslast.memory_format import with_wrapped
+
+__all__ = [
+    "FusedOptimizer",
+    "check_fused_optimizer",
+    "why_not_fused",
+    "fuse",
+    "unfuse",
+    "found_inf_reader",
+    "give_found_inf",
+]
+
+HAVE_FUSED_FORM = (
+    "fastai's Adam and SGD, Lookahead around one of them, and an OptimWrapper around an optimizer of PyTorch's that "
+    "takes fused=True (Adam, AdamW, SGD, Adagrad)"
+)
+
+
+# On a Learner
+
+
+class FusedOptimizer(LeanCallback):
+    """Let the Learner's optimizer step with PyTorch's fused kernels while it trains; between epochs it is as it was.
+
+    It trains as before, to rounding, with the same state and checkpoints. An optimizer without a fused form, put on the
+    Learner after it was checked, trains as it is, with one warning.
+    """
+
+    # Before MixedPrecision asks who reads whether gradients overflowed, after GradientAccumulation has left a batch out
+    order = FastaiMixedPrecision.order - 1
+    run_valid = False
+
+    def __init__(self):
+        super().__init__()
+        self.seen_opt = None
+        self.told = set()
+
+    def before_step(self):
+        opt = self.learn.opt
+        if opt is self.seen_opt:
+            return
+        self.after_train()  # another optimizer than at the last step
+        self.seen_opt = opt
+        why = why_not_fused(opt)
+        if not why:
+            fuse(opt)
+        elif why not in self.told:
+            self.told.add(why)
+            warn(f"{why}: training with its plain step")
+
+    def after_train(self):
+        opt, self.seen_opt = self.seen_opt, None
+        unfuse(opt)
+
+    def after_exception(self, error: BaseException):
+        self.after_train()
+
+
+def check_fused_optimizer(
+    learn: Learner,
+    device: torch.device | str | None = None,  # where it will train; None: where the parameters are
+) -> None:
+    """Raise `ValueError` if the optimizer of `learn` has no fused form, also one that `learn.opt_func` has yet to make.
+
+    To ask an `opt_func`, it is called once, with parameters of one element in the groups of `learn.splitter`.
+    """
+    opt, name = learn.opt, _name(learn.opt)
+    if opt is None:
+        name = _name(learn.opt_func)
+        try:
+            opt = _trial(learn, device)
+        except Exception as error:
+            raise ValueError(
+                f"fused_optimizer=True: {name} failed on parameters of one element, with which it is asked for a fused "
+                f"form ({type(error).__name__}: {error}). Make the optimizer before: `learn.create_opt()`"
+            ) from error
+    why = why_not_fused(opt)
+    if why:
+        raise ValueError(
+            f"fused_optimizer=True: {name} has no fused form ({why}). Those that have one: {HAVE_FUSED_FORM}"
+        )
+
+
+def _trial(learn: Learner, device: torch.device | str | None) -> Any:
+    "What `learn.opt_func` makes of a small parameter for each one of the model."
+    if isinstance(learn.opt_func, OptimWrapper):
+        return learn.opt_func
+
+    def small(params: Any) -> Any:
+        if isinstance(params, Tensor):
+            return nn.Parameter(
+                torch.zeros(1, dtype=params.dtype, device=device or params.device), params.requires_grad
+            )
+        if isinstance(params, dict):
+            return {name: small(value) for name, value in params.items()}
+        is_nested = isinstance(params, Iterable) and not isinstance(params, str)
+        return [small(item) for item in params] if is_nested else params
+
+    return learn.opt_func(small(learn.splitter(learn.model)), lr=learn.lr)
+
+
+def _name(opt: Any) -> str:
+    "What a user calls the optimizer, or the function that makes it."
+    if isinstance(opt, partial):
+        return _name(opt.func)
+    if isinstance(opt, (Lookahead, OptimWrapper)):
+        return f"{_plain_type(opt).__name__} around {_name(opt.opt)}"
+    if isinstance(opt, Optimizer):
+        return f"{_plain_type(opt).__name__} of {names_of(opt.cbs)}"
+    return getattr(opt, "__name__", type(opt).__name__)
+
+
+# On an optimizer
+
+
+def why_not_fused(
+    opt: Any,  # an optimizer of fastai's
+) -> str:
+    "Why `opt` has no fused form, '' if it has one."
+    if isinstance(opt, OptimWrapper):
+        return fused_torch.why_not_fused(opt.opt)
+    if _plain_type(opt) is Lookahead and isinstance(opt.opt, Optimizer):
+        return why_not_fused(opt.opt)
+    if _plain_type(opt) is not Optimizer:
+        return f"{type(opt).__name__} is not one of fastai's own"
+    return why_no_kernel(opt)
+
+
+def fuse(
+    opt: Any,  # an optimizer of fastai's, for which `why_not_fused` is ''
+) -> None:
+    """Let `opt` step with PyTorch's fused kernels until `unfuse`. It stays the same object; copies of it are plain.
+
+    Parameters that no kernel takes keep fastai's step: integers, sparse gradients, gradients in another dtype or memory
+    format than the parameter, devices other than CUDA and CPU. A tensor set as its attribute `found_inf` is read by the
+    next step, which changes nothing if it is not 0.
+    """
+    why = why_not_fused(opt)
+    if why:
+        raise ValueError(f"opt={_name(opt)} has no fused form ({why}). Those that have one: {HAVE_FUSED_FORM}")
+    if isinstance(opt, OptimWrapper):
+        fused_torch.fuse(opt.opt)
+        return
+    for part in with_wrapped(opt):
+        part.__class__ = _FusedLookahead if isinstance(part, Lookahead) else _FusedSteps
+
+
+def unfuse(
+    opt: Any,  # an optimizer of fastai's, or None
+) -> None:
+    "Undo `fuse`. The state stays where training has come to."
+    for part in with_wrapped(opt):
+        if isinstance(part, _Fused):
+            part.settle()
+            for name in set(vars(part)) - set(part.plain_vars()):
+                delattr(part, name)
+            part.__class__ = _plain_type(part)
+        elif isinstance(part, torch.optim.Optimizer):
+            fused_torch.unfuse(part)
+
+
+def found_inf_reader(
+    opt: Any,  # an optimizer of fastai's, or None
+) -> Any:
+    """The optimizer whose steps read its attribute `found_inf` on the GPU, and change nothing if it is 1; else None.
+
+    `opt` itself in its fused form, or what it wraps. Not where somebody has put another `step` in its place.
+    """
+    if isinstance(opt, OptimWrapper):
+        return opt.opt if fused_torch.reads_found_inf(opt.opt) else None
+    if isinstance(opt, _Fused) and not any("step" in vars(part) for part in with_wrapped(opt)):
+        return opt
+    return None
+
+
+def give_found_inf(
+    opt: Any,  # an optimizer that `found_inf_reader` finds a reader in
+    found_inf: Tensor,  # of GradScaler's: 1 if the gradients overflowed, else 0
+) -> None:
+    "Let the next step of `opt` change nothing if `found_inf` is 1. Nobody waits for it."
+    reader = found_inf_reader(opt)
+    if isinstance(reader, torch.optim.Optimizer):
+        fused_torch.begin_momentum(reader)
+    reader.found_inf = found_inf
+
+
+# The fused forms
+
+
+class _Overflow:
+    "Whether a step overflowed. The flag is copied to the CPU while the GPU goes on; to ask is to wait for it."
+
+    def __init__(self, found_inf: Tensor):
+        self.flag = found_inf.to("cpu", non_blocking=True, copy=True)
+        self.copied = torch.cuda.current_stream(found_inf.device).record_event() if found_inf.is_cuda else None
+
+    def __bool__(self) -> bool:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.flag)
+
+
+class _Fused:
+    "What the fused forms share. The last step is counted late, by `settle`, where only the GPU knows if it overflowed."
+
+    found_inf: Tensor | None = None
+    overflow: _Overflow | None = None  # of the last step
+    plan: Plan | None = None
+
+    def settle(self) -> None:
+        "Count the last step, unless it overflowed. Waits for the GPU to have made it."
+        overflow, self.overflow = self.overflow, None
+        if overflow is not None and not overflow:
+            self.count_step()
+
+    def plain_vars(self) -> dict[str, Any]:
+        "The attributes that are fastai's or the user's."
+        return {name: value for name, value in vars(self).items() if name not in ("found_inf", "overflow", "plan")}
+
+    @torch.no_grad()
+    def zero_grad(self) -> None:
+        grads = [param.grad for group in self.param_lists for param in group]
+        grads = [grad for grad in grads if grad is not None]
+        for grad in grads:
+            if grad.requires_grad:
+                grad.detach_()
+        if grads:
+            foreach("zero_", grads)
+
+    def clear_state(self) -> None:
+        self.settle()
+        super().clear_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, sd: dict[str, Any]) -> None:
+        self.settle()
+        super().load_state_dict(sd)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        self.settle()
+        return object.__new__, (_plain_type(self),), self.plain_vars()
+
+
+class _FusedSteps(_Fused, Optimizer):
+    def step(self, closure: None = None) -> None:
+        if closure is not None:
+            raise NotImplementedError("fastai optimizers currently do not support closure")
+        self.settle()
+        found_inf = vars(self).pop("found_inf", None)
+        if self.plan is None or not self.plan.holds(self):
+            self.plan = Plan(self)
+        if found_inf is None:
+            self.plan.step(self, None)
+            self.count_step()
+            return
+        found_inf = found_inf.clamp(max=1)  # kernels compare with 1, GradScaler adds up the flags of several GPUs
+        self.overflow = _Overflow(found_inf)
+        if self.plan.plain and self.overflow:  # fastai's functions cannot ask the GPU
+            return
+        self.plan.step(self, found_inf)
+
+    def count_step(self) -> None:
+        self.plan.count_step()
+
+
+class _FusedLookahead(_Fused, Lookahead):
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        if closure is not None:
+            raise NotImplementedError("fastai optimizers currently do not support closure")
+        self.settle()
+        if self.slow_weights is None:
+            self._copy_weights()
+        found_inf = vars(self).pop("found_inf", None)
+        if found_inf is not None:
+            self.opt.found_inf = found_inf
+        self.opt.step()
+        if (self.count + 1) % self.k == 0:
+            self._catch_up(found_inf)
+        if found_inf is None:
+            self.count_step()
+        else:
+            self.overflow = self.opt.overflow
+
+    def count_step(self) -> None:
+        self.count += 1
+
+    def _catch_up(self, found_inf: Tensor | None) -> None:
+        "Move the slow weights towards the fast ones, and those there; nothing where `found_inf` is not 0."
+        slow_weights = [weight.data for group in self.slow_weights for weight in group]
+        params = [param.data for group in self.param_lists for param in group]
+        # one after the other if one is there twice, or if they are on several devices
+        are_alone = len({param.data_ptr() for param in params}) == len(params)
+        n_at_once = len(params) if are_alone and len({param.device for param in params}) == 1 else 1
+        for i in range(0, len(params), n_at_once):
+            slow, fast = slow_weights[i : i + n_at_once], params[i : i + n_at_once]
+            moves = foreach("sub", fast, slow)
+            if found_inf is None:
+                foreach("add_", slow, moves, alpha=self.alpha)
+                foreach("copy_", fast, slow)
+            else:
+                is_step = (found_inf == 0).float().to(fast[0].device)
+                foreach("mul_", moves, is_step * self.alpha)
+                foreach("add_", slow, moves)
+                foreach("mul_", fast, 1 - is_step)
+                foreach("add_", fast, foreach("mul", slow, is_step))
+
+
+def _plain_type(opt: Any) -> type:
+    "The class of `opt` without its fused form."
+    if isinstance(opt, _Fused):
+        return Lookahead if isinstance(opt, Lookahead) else Optimizer
+    return type(opt)
