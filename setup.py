@@ -33,7 +33,7 @@ setup(
         f"Natural Language :: {settings['language']}",
         "Programming Language :: Python :: 3",
     ],
-    packages=find_packages(include=[f"{settings['lib_name']}*"]),
+    packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
     package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -3,14 +3,20 @@
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from channelslast import callback, find, memory_format, precision, summary
+from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary
+from channelslast import learner as _learner  # noqa: F401, the methods of Learner
 from channelslast.callback import *
+from channelslast.devices import *
 from channelslast.find import *
+from channelslast.formats import *
+from channelslast.graphs import *
 from channelslast.memory_format import *
+from channelslast.optimizer import *
 from channelslast.precision import *
 from channelslast.summary import *
 
-__all__ = [*callback.__all__, *find.__all__, *summary.__all__, *precision.__all__, *memory_format.__all__]
+_ROOMS = (callback, formats, find, summary, precision, devices, graphs, optimizer, memory_format)
+__all__ = [name for room in _ROOMS for name in room.__all__]
 
 try:
     __version__ = version("channelslast")

@@ -1,14 +1,14 @@
 "What memory format a tensor is in, and how to convert tensors, batches, modules and optimizer state."
 
-import copy
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from channelslast.nested import check_type, map_tensors, tensors_in
 
 __all__ = [
     "get_memory_format",
@@ -44,7 +44,7 @@ def get_memory_format(
     `torch.channels_last_3d` (5D), or `torch.contiguous_format` for everything else, tensors of other ranks and
     arbitrary strides included. The rule is that of `suggest_memory_format` in PyTorch's `c10/core/MemoryFormat.h`.
     """
-    _check("tensor", tensor, Tensor)
+    check_type("tensor", tensor, Tensor)
     order = _INNERMOST_FIRST.get(tensor.ndim)
     if order is None or tensor.layout != torch.strided or tensor.stride(1) == 0:
         return torch.contiguous_format
@@ -56,13 +56,6 @@ def get_memory_format(
             return torch.contiguous_format
         smallest = stride * size if size > 1 else stride
     return CHANNELS_LAST[tensor.ndim]
-
-
-def _check(name: str, value: Any, cls: type) -> None:
-    "Raise a `TypeError` that names the argument. (A memory format in the place of a bool would be taken for True.)"
-    if not isinstance(value, cls):
-        legal = "True or False" if cls is bool else f"a {cls.__name__}"
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")
 
 
 def is_channels_last(
@@ -90,8 +83,8 @@ def to_memory_format(
     and so does a container in which nothing changed, or whose class cannot be made from its items. Subclasses of
     `Tensor` keep their type and attributes.
     """
-    _check("channels_last", channels_last, bool)
-    return _map_tensors(lambda tensor: _convert(tensor, channels_last) if tensor.ndim in ndims else tensor, batch)
+    check_type("channels_last", channels_last, bool)
+    return map_tensors(lambda tensor: _convert(tensor, channels_last) if tensor.ndim in ndims else tensor, batch)
 
 
 def state_to_contiguous(
@@ -99,67 +92,14 @@ def state_to_contiguous(
 ) -> Any:
     "`state` with its 4D and 5D tensors in contiguous format; those that share memory, as tied weights, still do."
     converted: dict[tuple, Tensor] = {}
-    return _map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
+    return map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
 
 
 def batch_to_contiguous(
     batch: Any,  # a tensor, or tensors nested in any way
 ) -> Any:
     "`batch` with its tensors, of any rank, contiguous."
-    return _map_tensors(_to_contiguous, batch)
-
-
-_ARRAYS = (array, bytearray, memoryview)  # sequences of numbers, which may be long
-
-
-def _is_walked(batch: Any) -> bool:
-    "Whether `batch` is a sequence in which to look for tensors: a tuple, or one that takes items, as a text does not."
-    if isinstance(batch, tuple):
-        return True
-    return isinstance(batch, Sequence) and hasattr(batch, "__setitem__") and not isinstance(batch, _ARRAYS)
-
-
-def _map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    "`batch` with `function` applied to its tensors; the same containers where nothing changed."
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        items = batch.items()
-    elif _is_walked(batch):
-        items = enumerate(batch)
-    else:
-        return batch
-    changed = {}
-    for key, value in items:
-        new = _map_tensors(function, value)
-        if new is not value:
-            changed[key] = new
-    return _replace_items(batch, changed) if changed else batch
-
-
-def _tensors_in(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping) or _is_walked(batch):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors_in(item)
-
-
-def _replace_items(batch: Any, changed: dict[Any, Any]) -> Any:
-    "A container as `batch`, with the items in `changed`; `batch` itself where its class cannot be made from items."
-    if isinstance(batch, tuple) and hasattr(batch, "_replace"):  # a named tuple
-        return batch._replace(**{batch._fields[i]: item for i, item in changed.items()})
-    try:
-        if isinstance(batch, (dict, list)) or hasattr(type(batch), "__copy__"):
-            result = copy.copy(batch)  # keeps what a subclass carries, as a state dict its version
-            for key, item in changed.items():
-                result[key] = item
-            return result
-        if isinstance(batch, Mapping):
-            return type(batch)({**batch, **changed})
-        return type(batch)([changed.get(i, item) for i, item in enumerate(batch)])
-    except Exception:  # of a class of the user's, whose constructor takes something else
-        return batch
+    return map_tensors(_to_contiguous, batch)
 
 
 def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
@@ -247,8 +187,8 @@ def module_to_memory_format(
     a slice of it, stay as they are. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
     models with 5D weights too, which go to `torch.channels_last_3d`.
     """
-    _check("module", module, nn.Module)
-    _check("channels_last", channels_last, bool)
+    check_type("module", module, nn.Module)
+    check_type("channels_last", channels_last, bool)
     for tensor, data in _converted(module, channels_last):
         tensor.data = data
         if isinstance(tensor, nn.Parameter):
@@ -328,11 +268,11 @@ def optimizer_to_memory_format(
     A fused or foreach kernel takes its slow path where state, gradient and parameter differ in strides. Returns
     `optimizer`.
     """
-    _check("optimizer.state", getattr(optimizer, "state", None), Mapping)
+    check_type("optimizer.state", getattr(optimizer, "state", None), Mapping)
     for param, state in optimizer.state.items():
         # not every key is a parameter: fastai's `norm_bias_params` takes a GRU's `bias`, which is True, for one
         if isinstance(param, Tensor) and param.ndim in CHANNELS_LAST:
-            for tensor in _tensors_in(state):
+            for tensor in tensors_in(state):
                 match_strides(tensor, param)
     return optimizer
 

@@ -1,220 +1,33 @@
-"Mixed precision on every device that PyTorch's autocast runs on."
+"Mixed precision on every device that PyTorch's autocast runs on: the callback, and the one that a Learner has."
 
-import platform
 from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 from warnings import warn
 
 import torch
-from fastai.callback.core import (
-    Callback,
-    CancelEpochException,
-    CancelFitException,
-    CancelStepException,
-    CancelTrainException,
-    CancelValidException,
-    TrainEvalCallback,
-)
-from fastai.callback.fp16 import AMPMode, ModelToHalf, NonNativeMixedPrecision
+from fastai.callback.core import Callback, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
+from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, ismin_torch, num_distrib
-from fastcore.basics import patch
+from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from torch.amp import GradScaler, autocast, is_autocast_available
+from torch.amp import GradScaler, autocast
 
-__all__ = ["AMPMode", "MixedPrecision", "accelerated_dtypes", "autocast_dtype", "training_device"]
+from channelslast.devices import AMPMode, amp_mode_of, autocast_dtype, to_amp_mode, training_device
+from channelslast.fit import FIT_GOES_ON, LeanCallback, drop_gradients
+from channelslast.memory_format import with_wrapped
+from channelslast.optimizer import found_inf_reader, give_found_inf
 
-_DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
-
-
-# What a device can do
-
-
-@cache
-def accelerated_dtypes(
-    device: torch.device | str,  # where the model runs
-) -> tuple[torch.dtype, ...]:
-    """The half precision dtypes that `device` computes faster than float32, the one to prefer first.
-
-    A CUDA GPU: float16 from compute capability 7.0 (Tensor Cores), bfloat16 from 8.0; every GPU under ROCm. A CPU: what
-    its instruction set has arithmetic for (AVX512-BF16, AVX512-FP16, AMX, or Arm's BF16 and FP16). Other devices: what
-    their autocast takes, unchecked.
-    """
-    device = torch.device(device)
-    if not is_autocast_available(device.type):
-        return ()
-    if device.type == "mps" and not ismin_torch("2.8"):  # the first with GradScaler's kernels
-        return ()
-    if device.type == "cpu":
-        return _accelerated_by_cpu()
-    if device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        needs = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
-        return tuple(dtype for dtype, needed in needs.items() if capability >= needed)
-    return (torch.float16, torch.bfloat16)
-
-
-def amp_mode_of(
-    dtype: torch.dtype | None,  # in which to autocast, None for no autocast
-) -> str | None:
-    "The name of the precision: 'fp16', 'bf16', or None for float32."
-    return next((mode.value for mode in AMPMode if _DTYPES[mode] is dtype), None)
-
-
-def _accelerated_by_cpu() -> tuple[torch.dtype, ...]:
-    features = _cpu_features()
-    instructions = {
-        torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
-        torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith", "asimdhp"},
-    }
-    return tuple(dtype for dtype, names in instructions.items() if names & features)
-
-
-def _cpu_features() -> set[str]:
-    "Names of instruction sets: PyTorch's where it tells (`torch.cpu.get_capabilities`), else Linux's."
-    if hasattr(torch.cpu, "get_capabilities"):
-        return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return set()
-    lines = cpuinfo.read_text().splitlines()
-    return {name for line in lines if line.startswith(("flags", "Features")) for name in line.split(":")[1].split()}
-
-
-def autocast_dtype(
-    amp_mode: str | AMPMode,  # the precision asked for, 'fp16' or 'bf16'
-    device: torch.device | str,  # where the model runs
-) -> tuple[torch.dtype | None, str]:
-    """The dtype in which to autocast on `device`, None for no autocast, and why it is not the one asked for, else ''.
-
-    Raises `ValueError` where only the caller can choose: bfloat16 on a CUDA GPU without it.
-    """
-    amp_mode, device = to_amp_mode(amp_mode), torch.device(device)
-    dtype, accelerated = _DTYPES[amp_mode], accelerated_dtypes(device)
-    asked = f"amp_mode='{amp_mode.value}'"
-    if dtype in accelerated:
-        return dtype, ""
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        raise ValueError(f"{asked}: the GPU '{device}' has no bfloat16, pass amp_mode='fp16'")
-    if device.type == "cuda":
-        return dtype, f"{asked}: the GPU '{device}' has no Tensor Cores, float16 saves memory there but hardly time"
-    instead = accelerated[0] if accelerated else None
-    name = str(instead or torch.float32).removeprefix("torch.")
-    return instead, f"{asked}: the device '{device}' has no fast arithmetic for it, training in {name} instead"
-
-
-def training_device(
-    learn: Learner,
-) -> torch.device:
-    "The device on which the next fit of `learn` trains: that of its DataLoaders, to which fastai moves the model."
-    device = None
-    if any(isinstance(cb, TrainEvalCallback) for cb in learn.cbs):
-        device = getattr(learn.dls, "device", default_device())
-    if device is None:
-        device = next((param.device for param in learn.model.parameters()), "cpu")
-    return torch.device(device)
-
-
-# Checks of the arguments
-
-
-def to_amp_mode(
-    amp_mode: str | AMPMode,  # 'fp16' or 'bf16'
-) -> AMPMode:
-    "`amp_mode` as an `AMPMode`; a `ValueError` that lists the legal ones if it is none."
-    try:
-        return AMPMode(amp_mode)
-    except ValueError:
-        legal = ", ".join(repr(mode.value) for mode in AMPMode)
-        float32 = "use_amp=False to `to_channelslast`, None to a TrainFormat"
-        raise ValueError(
-            f"amp_mode={amp_mode!r} does not exist: pass one of {legal}, or for float32 {float32}"
-        ) from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-_SCALER_OPTIONS = {
-    "init_scale": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "growth_factor": (lambda value: _is_number(value) and value > 1, "a number above 1"),
-    "backoff_factor": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
-    "growth_interval": (
-        lambda value: _is_number(value) and isinstance(value, Integral) and value > 0,
-        "a whole number above 0",
-    ),
-    "enabled": (lambda value: isinstance(value, bool), "True or False"),
-}
-
-
-def check_scaler_options(
-    options: dict[str, Any],  # of `torch.amp.GradScaler`, by name
-) -> None:
-    "Raise `TypeError` for an option that GradScaler does not have, `ValueError` for a value it cannot take."
-    for name, value in options.items():
-        if name not in _SCALER_OPTIONS:
-            legal = ", ".join(_SCALER_OPTIONS)
-            raise TypeError(f"{name}={value!r} is no parameter here, and no option of GradScaler: those are {legal}")
-        is_legal, description = _SCALER_OPTIONS[name]
-        if not is_legal(value):
-            raise ValueError(f"{name}={value!r} is not legal for GradScaler: pass {description}")
-
-
-# The callback
+__all__ = ["MixedPrecision"]
 
 # Every kind of mixed precision that can be on a Learner
 MIXED_PRECISIONS = (FastaiMixedPrecision, NonNativeMixedPrecision, ModelToHalf)
 
-# What may leave a loop over batches while the fit goes on
-FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
 
-
-class AutocastState:
-    "Autocast as it is now, to put it back to, from wherever an interrupt left it."
-
-    def __init__(
-        self,
-        device_type: str,  # 'cpu', 'cuda', ...
-    ):
-        self.device_type = device_type
-        self.enabled = torch.is_autocast_enabled(device_type)
-        self.dtype = torch.get_autocast_dtype(device_type)
-        self.cache_enabled = torch.is_autocast_cache_enabled()
-        self.depth = self._depth()
-
-    @staticmethod
-    def _depth() -> int:
-        # on one line: an interrupt between two would leave a level behind
-        return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()
-
-    def restore(self) -> None:
-        while self._depth() > self.depth:
-            torch.autocast_decrement_nesting()
-        if self.depth == 0:
-            torch.clear_autocast_cache()  # of weights in half precision, which would go on being used
-        torch.set_autocast_enabled(self.device_type, self.enabled)
-        torch.set_autocast_dtype(self.device_type, self.dtype)
-        torch.set_autocast_cache_enabled(self.cache_enabled)
-
-
-def drop_gradients(
-    learn: Learner,
-    error: BaseException,  # that has left the loop over batches
-) -> None:
-    "Zero the gradients of a batch that was never stepped, if `error` ends the fit: the next one would add to them."
-    if learn.training and learn.opt is not None and not isinstance(error, FIT_GOES_ON):
-        learn.opt.zero_grad()
-
-
-class MixedPrecision(FastaiMixedPrecision):
+class MixedPrecision(LeanCallback, FastaiMixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
     A dtype that the device does not accelerate is replaced with a warning, see `autocast_dtype`. Takes the options of
@@ -236,7 +49,10 @@ class MixedPrecision(FastaiMixedPrecision):
         **kwargs,
     ):
         check_scaler_options(kwargs)
-        super().__init__(to_amp_mode(amp_mode), **kwargs)
+        amp_mode = to_amp_mode(amp_mode)
+        if amp_mode is None:
+            raise ValueError("amp_mode='fp32' is no mixed precision: pass 'fp16' or 'bf16', or leave the callback away")
+        super().__init__(amp_mode, **kwargs)
         if kwargs and self.amp_mode is AMPMode.BF16:
             warn(f"{', '.join(kwargs)}: without effect, bfloat16 needs no GradScaler")
         if len(kwargs) > 1 and kwargs.get("enabled") is False:
@@ -330,25 +146,19 @@ class MixedPrecision(FastaiMixedPrecision):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether PyTorch's fused kernels make the step: they read for themselves whether gradients overflowed.
+        """Whether fused kernels make the step: they read for themselves whether gradients overflowed.
 
         To read it in Python is to wait until the GPU is done, every step. `GradScaler` looks this name up on the
         optimizer that it steps, which is `self`. Were the name to go, it would read in Python: slower, as right.
         """
-        opt = self._torch_optimizer
-        reads_found_inf = getattr(opt, "_step_supports_amp_scaling", False)  # PyTorch's fused optimizers have it
-        return reads_found_inf and all(group.get("fused") for group in opt.param_groups)
-
-    @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer | None:
-        return self.opt.opt if isinstance(self.opt, OptimWrapper) else None
+        return found_inf_reader(self.opt) is not None
 
     def step(self, *args, **kwargs):
         "The optimizer's step as `GradScaler` sees it: the Learner makes it, with `found_inf` for a fused kernel."
         self.skipped = False
         found_inf = vars(self).get("found_inf")
         if found_inf is not None:
-            self._torch_optimizer.found_inf = found_inf
+            give_found_inf(self.opt, found_inf)
 
     def _start_copying_loss(self):
         """Copy the loss to the CPU while the GPU goes on, for fastai's Recorder.
@@ -370,27 +180,65 @@ class MixedPrecision(FastaiMixedPrecision):
                 self.learn.loss = copy
 
     def _forget_found_inf(self):
-        if self._torch_optimizer is not None:
-            vars(self._torch_optimizer).pop("found_inf", None)
+        for opt in with_wrapped(self.opt):
+            vars(opt).pop("found_inf", None)
 
 
-@patch
-@delegates(GradScaler, but="device")
-def to_fp16(self: Learner, **kwargs) -> Learner:
-    "Train in float16 mixed precision, in place of any other; see `MixedPrecision` for devices without float16."
-    return set_precision(self, choose_precision(self, AMPMode.FP16, **kwargs))
+class AutocastState:
+    "Autocast as it is now, to put it back to, from wherever an interrupt left it."
+
+    def __init__(
+        self,
+        device_type: str,  # 'cpu', 'cuda', ...
+    ):
+        self.device_type = device_type
+        self.enabled = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type)
+        self.cache_enabled = torch.is_autocast_cache_enabled()
+        self.depth = self._depth()
+
+    @staticmethod
+    def _depth() -> int:
+        # on one line: an interrupt between two would leave a level behind
+        return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()
+
+    def restore(self) -> None:
+        while self._depth() > self.depth:
+            torch.autocast_decrement_nesting()
+        if self.depth == 0:
+            torch.clear_autocast_cache()  # of weights in half precision, which would go on being used
+        torch.set_autocast_enabled(self.device_type, self.enabled)
+        torch.set_autocast_dtype(self.device_type, self.dtype)
+        torch.set_autocast_cache_enabled(self.cache_enabled)
 
 
-@patch
-def to_bf16(self: Learner) -> Learner:
-    "Train in bfloat16 mixed precision, in place of any other."
-    return set_precision(self, choose_precision(self, AMPMode.BF16))
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-@patch
-def to_fp32(self: Learner) -> Learner:
-    "Train in float32, without mixed precision of any kind."
-    return set_precision(self, None)
+_SCALER_OPTIONS = {
+    "init_scale": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "growth_factor": (lambda value: _is_number(value) and value > 1, "a number above 1"),
+    "backoff_factor": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
+    "growth_interval": (
+        lambda value: _is_number(value) and isinstance(value, Integral) and value > 0,
+        "a whole number above 0",
+    ),
+    "enabled": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
+def check_scaler_options(
+    options: dict[str, Any],  # of `torch.amp.GradScaler`, by name
+) -> None:
+    "Raise `TypeError` for an option that GradScaler does not have, `ValueError` for a value it cannot take."
+    for name, value in options.items():
+        if name not in _SCALER_OPTIONS:
+            legal = ", ".join(_SCALER_OPTIONS)
+            raise TypeError(f"{name}={value!r} is no parameter here, and no option of GradScaler: those are {legal}")
+        is_legal, description = _SCALER_OPTIONS[name]
+        if not is_legal(value):
+            raise ValueError(f"{name}={value!r} is not legal for GradScaler: pass {description}")
 
 
 def get_mixed_precision(
@@ -422,12 +270,12 @@ def choose_precision(
     The one on `learn` where it already is of that mode, unless other options are given. Makes every check that can be
     made before a fit, and changes nothing.
     """
+    amp_mode, chosen = amp_mode and to_amp_mode(amp_mode), get_mixed_precision(learn)
     if amp_mode is None:
         check_scaler_options(kwargs)
         if kwargs:
             warn(f"{', '.join(kwargs)}: without effect, float32 needs no GradScaler")
         return None
-    amp_mode, chosen = to_amp_mode(amp_mode), get_mixed_precision(learn)
     if chosen is None or chosen.amp_mode is not amp_mode or (kwargs and kwargs != chosen.kwargs):
         chosen = MixedPrecision(amp_mode, **kwargs)
     elif type(chosen) is FastaiMixedPrecision:  # which autocasts on CUDA alone
@@ -458,19 +306,3 @@ def remove_cbs(
         learn.remove_cb(cb)
     for cb in learn.cbs:
         vars(learn).setdefault(cb.name, cb)
-
-
-_all_batches = Learner.all_batches
-
-
-@patch
-def all_batches(self: Learner):
-    "Train or evaluate `self.model` on all batches of `self.dl`; show an exception to callbacks with `after_exception`."
-    try:
-        _all_batches(self)
-    except BaseException as error:  # no event of fastai's follows one that it does not know
-        with ExitStack() as stack:  # all of them, also where one raises
-            for cb in self.cbs:
-                if hasattr(type(cb), "after_exception"):
-                    stack.callback(cb.after_exception, error)
-        raise

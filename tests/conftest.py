@@ -1,6 +1,7 @@
 "Data, models and Learners that the tests share: small, seeded, on the CPU."
 
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from channelslast import find, precision
+from channelslast import devices
 from channelslast.memory_format import is_channels_last
 
 torch.set_num_threads(1)  # more wait for one another longer than they compute on tensors as small as these
@@ -54,13 +55,15 @@ def fp16_cpu(monkeypatch):
 
 
 def only_on(monkeypatch, device_type, dtypes):
-    real = precision.accelerated_dtypes
-    for module in (precision, find):
-        monkeypatch.setattr(
-            module,
-            "accelerated_dtypes",
-            lambda device: dtypes if torch.device(device).type == device_type else real(device),
-        )
+    "Wherever it was imported."
+    real = devices.accelerated_dtypes
+    for module in [module for name, module in sys.modules.items() if name.startswith("channelslast.")]:
+        if vars(module).get("accelerated_dtypes") is real:
+            monkeypatch.setattr(
+                module,
+                "accelerated_dtypes",
+                lambda device: dtypes if torch.device(device).type == device_type else real(device),
+            )
 
 
 class TinyNet(nn.Sequential):

@@ -21,8 +21,9 @@ from fastai.optimizer import Adam
 from fastai.torch_core import rank_distrib
 from torch import nn
 
-from channelslast import find, processes
-from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.callback import ChannelsLast
+from channelslast.find import budget, distributed
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
 
@@ -87,7 +88,7 @@ class ConvertsTooLate(ChannelsLast):
 
 
 def search(learn):
-    find.BUDGET = 1e-3
+    budget.BUDGET = 1e-3
     model, loaders, fails = learn.model, list(learn.dls.loaders), Fails()
     params = list(model.parameters())
     failing = learn.add_cb(fails).format_find([TrainFormat(True)], show_plot=False)
@@ -116,7 +117,7 @@ def search_broken_data(learn):
 
 def fail_alone(learn, event):
     "Search where one process fails and the others wait for its gradients; it must not wait for them."
-    processes.PATIENCE = 1
+    distributed.PATIENCE = 1
     learn.add_cb(FailsAlone(event))
     try:
         learn.format_find([TrainFormat(True)], show_plot=False)

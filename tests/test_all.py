@@ -7,21 +7,22 @@ import sys
 import pytest
 
 import channelslast
-from channelslast import callback, find, memory_format, precision, summary
+from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary
 
-PUBLIC = {name for module in (callback, find, memory_format, precision, summary) for name in module.__all__}
+ROOMS = (callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary)
+PUBLIC = {name for module in ROOMS for name in module.__all__}
 METHODS = {
-    "to_channelslast": "callback",
-    "to_contiguous": "callback",
-    "to_format": "callback",
-    "save": "callback",
-    "export": "callback",
-    "to_fp16": "precision",
-    "to_bf16": "precision",
-    "to_fp32": "precision",
-    "all_batches": "precision",
-    "format_find": "find",
-    "format_summary": "summary",
+    "to_channelslast": "learner",
+    "to_contiguous": "learner",
+    "to_format": "learner",
+    "save": "learner",
+    "export": "learner",
+    "to_fp16": "learner",
+    "to_bf16": "learner",
+    "to_fp32": "learner",
+    "all_batches": "learner",
+    "format_find": "find.run",
+    "format_summary": "summary.learner",
 }
 
 

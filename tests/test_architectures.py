@@ -18,7 +18,7 @@ from fastai.optimizer import SGD
 from torch import nn
 from torchvision.models import list_models
 
-from channelslast.cli import new_model, synthetic_dls, synthetic_loss
+from channelslast.zoo import new_model, synthetic_dls, synthetic_loss
 
 # Classification, residual and depthwise; a GroupNorm and attention; segmentation, detection, video, quantization
 SAMPLE = """
@@ -81,14 +81,10 @@ SIZES = {
 # They call `.view` on channels last activations: plain PyTorch raises there too
 VIEWS = "keypointrcnn_resnet50_fpn"
 
-# Failures that are known
-XFAILS = {"timm.sequencer2d_s": "not all keys of the optimizer state are tensors: it has LSTMs"}
-
 
 def each_architecture():
     "Parametrize by the names of the architectures to try."
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in XFAILS.items()}
-    return pytest.mark.parametrize("arch", [pytest.param(name, marks=marks.get(name, ())) for name in asked_for()])
+    return pytest.mark.parametrize("arch", asked_for())
 
 
 def asked_for():

@@ -25,10 +25,12 @@ from fastai.vision.data import ImageBlock
 from torch import nn
 from torch.amp import GradScaler
 
-from channelslast import callback, memory_format, precision
-from channelslast.callback import ChannelsLast, FastaiChannelsLast, TrainFormat
+from channelslast import callback, devices, formats, memory_format, precision
+from channelslast.callback import ChannelsLast, FastaiChannelsLast
+from channelslast.devices import AMPMode
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
-from channelslast.precision import AMPMode, FastaiMixedPrecision, MixedPrecision
+from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 
 
 def all_channels_last(tensors):
@@ -525,7 +527,7 @@ def test_to_fp32_takes_every_kind_of_mixed_precision_off(learn, kind):
 def test_to_contiguous_leaves_mixed_precision_alone(new_learner, monkeypatch):
     theirs = FastaiMixedPrecision("bf16")
     learn = new_learner(cbs=[theirs, ChannelsLast()])
-    monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
+    monkeypatch.setattr(devices, "accelerated_dtypes", lambda device: (torch.float16,))
     monkeypatch.setattr(precision, "training_device", lambda learn: torch.device("cuda"))
     assert theirs in learn.to_contiguous().cbs
 
@@ -568,7 +570,9 @@ def test_signature_shows_every_option():
             "amp_mode=None.*'fp16', 'bf16'.*use_amp=False",
         ),
         (lambda learn: learn.to_channelslast(use_amp="no"), ValueError, "use_amp='no': pass True or False"),
-        (lambda learn: learn.to_format("channels last"), TypeError, "fmt='channels last'.*TrainFormat"),
+        (lambda learn: learn.to_format("channels last"), ValueError, "fmt='channels last'.*'channels last fp16'"),
+        (lambda learn: learn.to_format(True), TypeError, "fmt=True.*TrainFormat"),
+        (lambda learn: learn.to_channelslast("bf16"), ValueError, "use_amp='bf16'.*amp_mode='bf16'"),
         (lambda learn: learn.to_format(None), TypeError, "fmt=None.*TrainFormat"),
     ],
 )
@@ -585,7 +589,7 @@ def test_bad_input_is_an_error_at_the_call_and_changes_nothing(new_learner, bf16
 
 def test_precision_that_the_device_cannot_do_is_an_error_at_the_call(learn, monkeypatch):
     monkeypatch.setattr(precision, "training_device", lambda learn: torch.device("cuda"))
-    monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
+    monkeypatch.setattr(devices, "accelerated_dtypes", lambda device: (torch.float16,))
     cbs = list(learn.cbs)
     with pytest.raises(ValueError, match=r"amp_mode='bf16'.*pass amp_mode='fp16'"):
         learn.to_channelslast(amp_mode="bf16")
@@ -747,11 +751,11 @@ def wrapped(**kwargs):
 def test_pytorch_still_names_its_wrapper_as_we_know_it():
     model = nn.Sequential(nn.Linear(2, 2))
     wrapper = torch.compile(model)
-    assert callback.uncompiled(wrapper) is model and callback.uncompiled(model) is model
+    assert formats.uncompiled(wrapper) is model and formats.uncompiled(model) is model
     assert next(iter(wrapper.state_dict())) == "_orig_mod.0.weight"
 
 
-@pytest.mark.parametrize("mode", [None, *callback.COMPILE_MODES])
+@pytest.mark.parametrize("mode", [None, *formats.COMPILE_MODES])
 def test_wrapped_model_is_reported_as_compiled_in_its_mode(new_learner, mode):
     learn = new_learner(lambda: torch.compile(TinyNet(), mode=mode))
     assert learn.train_format == TrainFormat(compile=mode or "default")
@@ -773,7 +777,7 @@ def test_wrapped_model_of_the_mode_asked_for_is_compiled_no_more(new_learner, bf
     ):
         assert change() is learn and learn.model is model
         assert learn.train_format.compile == "default"
-        assert vars(callback.uncompiled(model)).get("_compiled_call_impl") is None
+        assert vars(formats.uncompiled(model)).get("_compiled_call_impl") is None
     learn.to_channelslast(use_amp=False).fit(1)
     assert_format(learn, True)
     learn.to_contiguous()
@@ -783,7 +787,7 @@ def test_wrapped_model_of_the_mode_asked_for_is_compiled_no_more(new_learner, bf
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_other_mode_takes_the_model_out_of_its_wrapper(new_learner, monkeypatch, mode):
     learn = new_learner(wrapped())
-    wrapper, model = learn.model, callback.uncompiled(learn.model)
+    wrapper, model = learn.model, formats.uncompiled(learn.model)
     learn.fit(1)
     params = list(model.parameters())
     calls = []
@@ -927,18 +931,6 @@ def test_other_errors_get_no_note(new_learner):
     assert not hasattr(caught.value, "__notes__")
 
 
-def test_note_is_a_warning_where_exceptions_take_none():
-    from channelslast.callback import add_note
-
-    class Old(RuntimeError):
-        add_note = property()  # as in Python 3.10: no such attribute
-
-    error = Old("no")
-    with pytest.warns(UserWarning, match="the note"):
-        add_note(error, "the note")
-    assert error.__notes__ == ["the note"]
-
-
 # What leaves the Learner
 
 
@@ -1031,3 +1023,16 @@ def test_3d_model_on_a_gpu(new_learner):
     learn = new_learner(TinyVideoNet, dls, device="cuda", loss_func=CrossEntropyLossFlat()).to_channelslast()
     learn.fit(1)
     assert_format(learn, True)
+
+
+def test_format_by_its_words(learn, bf16_cpu):
+    assert learn.to_format("channels last bf16").train_format == TrainFormat(True, "bf16")
+    assert learn.to_format(" contiguous  fp32 ").train_format == TrainFormat()
+    assert TrainFormat(True, "fp32") == TrainFormat(True)
+    assert learn.to_channelslast(amp_mode="fp32").train_format == TrainFormat(True)
+
+
+@pytest.mark.parametrize("fmt", [TrainFormat(), TrainFormat(True, "fp16", "default", True, True)], ids=str)
+def test_words_and_code_of_a_format_lead_back_to_it(fmt):
+    assert formats.to_train_format(str(fmt)) == fmt
+    assert eval(fmt.code.removeprefix("learn.to_format")) == fmt

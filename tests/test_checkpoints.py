@@ -34,7 +34,8 @@ from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
-from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.callback import ChannelsLast
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last, state_to_contiguous
 from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 

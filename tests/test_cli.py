@@ -8,10 +8,10 @@ import weakref
 
 import pytest
 import torch
-import torchvision
 
-from channelslast import cli
-from channelslast.cli import main, model_names, new_model, spell_options, to_amp_mode
+from channelslast import __version__
+from channelslast.cli import find as find_command
+from channelslast.cli import main
 
 
 @pytest.fixture
@@ -70,27 +70,13 @@ ARCHITECTURES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arch, size", ARCHITECTURES.items(), ids=ARCHITECTURES)
 def test_summary_of_an_architecture(run, arch, size):
-    printed = run("summary", "--arch", arch, "--size", size, "--bs", 2, "--device", "cpu")
+    printed = run("summary", arch, "--size", size, "--bs", 2, "--device", "cpu")
     assert re.search(r"channels last; (\S+ of \d+ layers|the one layer) with images", " ".join(printed.split()))
-
-
-def test_default_size_is_that_of_the_architecture():
-    sizes = {arch: cli.default_size(arch, torch.nn.Identity()) for arch in ("r3d_18", "resnet18")}
-    assert sizes == {"r3d_18": 112, "resnet18": 224}
-    timm_model = new_model("tf_efficientnet_b1")
-    assert cli.default_size("tf_efficientnet_b1", timm_model) == timm_model.pretrained_cfg["input_size"][-1] == 240
-
-
-def test_images_have_the_channels_that_timm_tells():
-    model = torch.nn.Identity()
-    model.pretrained_cfg = {"input_size": (1, 28, 28)}
-    (images,) = cli.synthetic_inputs("small", model, 2, 28, torch.device("cpu"))
-    assert images.shape == (2, 1, 28, 28)
 
 
 def test_record_holds_the_result_and_what_made_it(run, tmp_path):
     file = tmp_path / "record.json"
-    arguments = ["summary", "--arch", "raft_small", "--bs", 2, "--size", 128, "--amp_mode", "none", "--device", "cpu"]
+    arguments = ["summary", "raft_small", "--bs", 2, "--size", 128, "--amp_mode", "fp32", "--device", "cpu"]
     printed = run(*arguments, "--json", file)
     record = json.loads(file.read_text())
     assert record["command"] == f"channelslast {' '.join(map(str, arguments))} --json {file}"
@@ -102,48 +88,59 @@ def test_record_holds_the_result_and_what_made_it(run, tmp_path):
     assert 0 < record["channels_last_share"] < 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_summary_of_several_architectures_with_record_and_picture(run, tmp_path):
+    files = tmp_path / "record.json", tmp_path / "picture.png"
+    options = ["--size", 32, "--bs", 2, "--device", "cpu", "--json", files[0], "--plot", files[1]]
+    printed = run("summary", "resnet10t", "mobilenetv3_small_050", *options)
+    assert printed.index("resnet10t:") < printed.index("ResNet (") < printed.index("mobilenetv3_small_050:")
+    results = json.loads(files[0].read_text())["results"]
+    assert [result["arch"] for result in results] == ["resnet10t", "mobilenetv3_small_050"]
+    assert all(0 < result["channels_last_share"] <= 1 for result in results)
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_summary_goes_on_after_an_architecture_that_rejects_its_images(run, capsys, tmp_path):
+    options = ["--size", 32, "--bs", 2, "--device", "cpu", "--json", tmp_path / "a.json"]
+    with pytest.raises(SystemExit) as ended:
+        run("summary", "vit_b_16", "resnet10t", *options)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and "error: vit_b_16 rejects 2 images of 32 px: " in captured.err
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert "Rejected: rejects 2 images" in results[0]["error"]
+    assert results[1]["verdict"] in " ".join(captured.out.split())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_summary_on_a_folder_of_images(run, digits_folder):
+    printed = run("summary", "resnet10t", "--path", digits_folder, "--size", 32, "--bs", 4, "--device", "cpu")
+    assert "4 x 3 x 32 x 32" in printed.splitlines()[0]
+
+
 @pytest.mark.parametrize("option", ["--amp_mode", "--amp-mode"])
-@pytest.mark.parametrize("mode, dtype", [("bf16", "bf16"), ("none", "fp32"), ("auto", "bf16")])
+@pytest.mark.parametrize("mode, dtype", [("bf16", "bf16"), ("fp32", "fp32"), ("auto", "bf16")])
 def test_precision_in_both_spellings_of_the_option(run, bf16_cpu, monkeypatch, option, mode, dtype):
-    monkeypatch.setattr(cli, "accelerated_dtypes", lambda device: (torch.bfloat16,))
-    printed = run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", option, mode)
+    printed = run("summary", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", option, mode)
     assert f"{dtype} on cpu" in printed.splitlines()[0]
-
-
-def test_auto_is_what_the_device_is_fastest_at(monkeypatch):
-    for dtypes, mode in (((torch.bfloat16,), "bf16"), ((torch.float16, torch.bfloat16), "fp16"), ((), None)):
-        monkeypatch.setattr(cli, "accelerated_dtypes", lambda device, dtypes=dtypes: dtypes)
-        assert to_amp_mode("auto", torch.device("cpu")) == mode
-
-
-def test_options_are_understood_in_both_spellings():
-    def function(amp_mode: str = "auto", path: str = ""):
-        pass
-
-    (known,) = spell_options(["--amp-mode"], function)
-    assert known in ("--amp-mode", "--amp_mode")
-    for spelling in (["--amp_mode", "bf16"], ["--amp-mode", "bf16"], ["--amp_mode=b_f-16"]):
-        spelled = spell_options([*spelling, "--path", "a_b-c", "--no_such"], function)
-        assert spelled[0].split("=")[0] == known and spelled[-3:] == ["--path", "a_b-c", "--no_such"]
-        assert "=" not in spelled[0] or spelled[0].endswith("=b_f-16")
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (
-            ["--arch", "resnet51a"],
-            "--arch resnet51a: no such model in fastai, torchvision or timm; did you mean resnet51q",
+            ["resnet51a"],
+            "error: resnet51a: no such model in fastai, torchvision or timm; did you mean resnet51q",
         ),
-        (["--arch", "qqqqqqqq"], "try xresnet18, resnet50 or, with timm, convnext_tiny"),
-        ([], "--arch: pass the name of a fastai, torchvision or timm model"),
-        (["--arch", "resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
-        (["--arch", "resnet18", "--size", "-3"], "--size -3: pass a number above 0"),
-        (["--arch", "resnet18", "--device", "abacus"], "--device abacus: "),
-        (["--arch", "resnet18", "--amp_mode", "fp8"], "--amp_mode fp8: pass one of auto, fp16, bf16, none"),
-        (["--arch", "vit_b_16", "--size", "64"], "vit_b_16 rejects 8 images of 64 px: "),
+        (["qqqqqqqq"], "try xresnet18, resnet50 or, with timm, convnext_tiny"),
+        ([], "summary: pass names of fastai, torchvision or timm models"),
+        (["resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
+        (["resnet18", "--size", "-3"], "--size -3: pass a number above 0"),
+        (["resnet18", "--device", "abacus"], "--device abacus: "),
+        (["resnet18", "--amp_mode", "fp8"], "--amp_mode fp8: pass one of auto, fp16, bf16, fp32"),
+        (["vit_b_16", "--size", "64"], "vit_b_16 rejects 8 images of 64 px: "),
         (
-            ["--arch", "resnet18", "--size", "32", "--bs", "1"],
+            ["resnet18", "--size", "32", "--bs", "1"],
             "resnet18 rejects 1 images of 32 px: Expected more than 1",
         ),
     ],
@@ -158,10 +155,8 @@ def test_model_that_says_nothing_about_what_it_rejects(fails, monkeypatch):
         def forward(self, x):
             raise AssertionError
 
-    monkeypatch.setattr(cli, "new_model", lambda *args, **kwargs: Asserts())
-    assert "resnet18 rejects 8 images of 224 px: AssertionError" in fails(
-        "summary", "--arch", "resnet18", "--device", "cpu"
-    )
+    monkeypatch.setattr("channelslast.cli.summary.new_model", lambda *args, **kwargs: Asserts())
+    assert "resnet18 rejects 8 images of 224 px: AssertionError" in fails("summary", "resnet18", "--device", "cpu")
 
 
 @pytest.mark.parametrize("verbose", [False, True])
@@ -170,10 +165,11 @@ def test_traceback_of_a_model_is_printed_on_demand(run, capsys, monkeypatch, bf1
         def forward(self, x):
             return no_such_name  # noqa: F821
 
-    monkeypatch.setattr(cli, "new_model", lambda *args, **kwargs: Typo(3, 3, 1))
+    for module in ("cli.summary", "zoo.learners"):
+        monkeypatch.setattr(f"channelslast.{module}.new_model", lambda *args, **kwargs: Typo(3, 3, 1))
     for command, code in (("summary", 2), ("find", 1)):
         with pytest.raises(SystemExit) as ended:
-            run(command, "--arch", "resnet18", "--size", 32, "--device", "cpu", *(["--verbose"] if verbose else []))
+            run(command, "resnet18", "--size", 32, "--device", "cpu", *(["--verbose"] if verbose else []))
         printed = capsys.readouterr().err
         assert ended.value.code == code and "name 'no_such_name' is not defined" in printed.splitlines()[-1]
         assert ("return no_such_name" in printed) == verbose
@@ -182,31 +178,81 @@ def test_traceback_of_a_model_is_printed_on_demand(run, capsys, monkeypatch, bf1
 
 def test_json_that_cannot_be_written(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--json", tmp_path)
+        run("summary", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--json", tmp_path)
     assert f"--json {tmp_path}: Is a directory" in capsys.readouterr().err
 
 
 def test_json_in_a_folder_that_is_none(fails):
-    arguments = ["--arch", "resnet18", "--device", "cpu", "--json", "/no/such/folder/a.json"]
+    arguments = ["resnet18", "--device", "cpu", "--json", "/no/such/folder/a.json"]
     assert "--json /no/such/folder/a.json: there is no such folder" in fails("summary", *arguments)
 
 
 def test_precision_that_is_replaced_is_told(run, capsys, bf16_cpu):
-    run("summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "none")
+    run("summary", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "fp32")
     assert capsys.readouterr().err == ""
-    monkey = ["summary", "--arch", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "fp16"]
+    monkey = ["summary", "resnet18", "--size", 64, "--bs", 2, "--device", "cpu", "--amp_mode", "fp16"]
     sys.argv = ["channelslast", *map(str, monkey)]
     main()
     assert "amp_mode='fp16': the device 'cpu' has no fast arithmetic for it" in capsys.readouterr().err
 
 
 def test_device_where_channels_last_is_not_reliable(fails, monkeypatch):
-    monkeypatch.setattr(cli, "supports_channels_last", lambda device: False)
-    assert "--device cpu: channels last is not reliable" in fails("summary", "--arch", "resnet18", "--device", "cpu")
+    monkeypatch.setattr("channelslast.cli.summary.supports_channels_last", lambda device: False)
+    assert "--device cpu: channels last is not reliable" in fails("summary", "resnet18", "--device", "cpu")
+
+
+# Every command
+
+
+@pytest.mark.parametrize("command", ["summary", "find"])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["unet"], "unet: no such model in fastai, torchvision or timm; did you mean DynamicUnet?"),
+        (["resnet18", "--bs", "many"], "argument --bs: invalid int value: 'many'"),
+        (["resnet18", "--no-such"], "unrecognized arguments: --no-such"),
+        (["resnet18", "--plot", "."], "--plot .: Is a directory"),
+        (["resnet18", "--json", "."], "--json .: Is a directory"),
+        (["resnet18", "--path", "/no/such/folder"], "--path /no/such/folder: there is no such folder"),
+        (["resnet18", "nothing18", "--device", "cpu"], "error: nothing18: no such model"),
+    ],
+)
+def test_bad_input_is_refused_before_long_work(fails, monkeypatch, command, arguments, said):
+    for module in ("cli.summary", "zoo.learners"):
+        monkeypatch.setattr(f"channelslast.{module}.new_model", None)
+    assert said in fails(command, *arguments)
+
+
+def test_version(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--version")
+    assert ended.value.code == 0 and capsys.readouterr().out == f"channelslast {__version__}\n"
+
+
+def test_archs_lists_names(run):
+    every = run("archs").split()
+    assert len(every) == len(set(every)) and {"resnet50", "xresnet50", "DynamicUnet", "convnext_tiny"} <= set(every)
+    assert run("archs", "UNET").split() == ["DynamicUnet"]
+    found = run("archs", "resnet50*").split()
+    assert "resnet50" in found and all(name.startswith("resnet50") for name in found)
+
+
+def test_archs_that_finds_none_names_what_is_close(fails):
+    said = fails("archs", "resnt50")
+    assert "error: resnt50: no such name in fastai, torchvision or timm; did you mean resnet50" in said
+    assert "`channelslast archs` lists all" in fails("archs", "q?q")
+
+
+def test_help_is_not_slowed_down_by_what_commands_import():
+    code = (
+        "import sys; from channelslast.cli import main; main(); print({'timm', 'channelslast.zoo'} & set(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert "COMMAND" in printed.stdout and printed.stdout.splitlines()[-1] == "set()"
 
 
 def test_unknown_command(fails):
-    assert fails("sumary") == "channelslast: error: sumary: no such command; pass one of summary, find"
+    assert fails("sumary") == "channelslast: error: sumary: no such command; pass one of summary, find, archs"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -220,7 +266,8 @@ def test_help_of_a_command_tells_its_options(run, capsys):
         run("summary", "--help")
     printed = capsys.readouterr().out
     assert ended.value.code == 0
-    assert all(option in printed for option in ("--arch", "--bs", "--size", "--device", "--json"))
+    assert all(option in printed for option in ("arch", "--bs", "--size", "--device", "--json", "--path", "--plot"))
+    assert "--amp-mode" in printed and "--amp_mode" in printed
 
 
 def test_command_is_installed():
@@ -229,34 +276,13 @@ def test_command_is_installed():
     assert "channelslast.cli:main" in printed
 
 
-def test_classification_models_alone_for_the_training_script(capsys):
-    names = model_names("classification")
-    assert "resnet18" in names["torchvision"] and "deeplabv3_resnet50" not in names["torchvision"]
-    assert "DynamicUnet" not in names["fastai"]
-    with pytest.raises(SystemExit):
-        new_model("DynamicUnet", 3, kind="classification")
-    assert "no such classification model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arch", ["xresnet18", "squeezenet1_1", "resnet10t", "DynamicUnet", "googlenet"])
-def test_model_has_the_classes_asked_for(arch):
-    model = new_model(arch, 3, size=64)
-    assert model(torch.randn(2, 3, 64, 64)).shape[:2] == (2, 3)
-
-
-def test_every_architecture_of_torchvision_is_known_by_its_kind():
-    kinds = {cli._torchvision_kind(name) for name in torchvision.models.list_models()}
-    assert kinds == {"models", "segmentation", "detection", "video", "optical_flow", "quantization"}
-    assert cli._torchvision_kind("convnext_nano") == ""
-
-
 # find
 
 
 @pytest.fixture
 def find(run, monkeypatch, bf16_cpu):
     "A function that runs `channelslast find` on the CPU, for the shortest time."
-    monkeypatch.setattr("channelslast.find.BUDGET", 1e-3)
+    monkeypatch.setattr("channelslast.find.budget.BUDGET", 1e-3)
     return lambda *arguments: run("find", "--device", "cpu", "--size", 32, "--bs", 4, *arguments)
 
 
@@ -264,7 +290,7 @@ def find(run, monkeypatch, bf16_cpu):
 def test_find_several_architectures_with_record_and_picture(find, tmp_path, capsys):
     files = tmp_path / "record.json", tmp_path / "picture.png"
     options = ["--opt", "fused", "--built-in", "--verify", "--json", files[0], "--plot", files[1]]
-    printed = find("--arch", "resnet18", "mobilenetv3_small_050", *options)
+    printed = find("resnet18", "mobilenetv3_small_050", *options)
     assert printed.count("Format   ") == 2 and printed.count("Again: ") == 2 and "fastai's own" in printed
     assert printed.index("resnet18:") < printed.index("mobilenetv3_small_050:")
     record = json.loads(files[0].read_text())
@@ -287,13 +313,13 @@ ALL_KINDS = ["DynamicUnet", "deeplabv3_mobilenet_v3_large", "r3d_18", "ssdlite32
 @pytest.mark.parametrize("arch", ALL_KINDS)
 def test_find_trains_every_kind_of_architecture(find, arch):
     size = {"inception_v3": 96}.get(arch, 32)
-    printed = find("--arch", arch, "--size", size, "--bs", 2, "--formats", "contiguous fp32, channels last fp32")
+    printed = find(arch, "--size", size, "--bs", 2, "--formats", "contiguous fp32, channels last fp32")
     assert "channels last fp32  " in printed and "Error" not in printed
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_find_on_a_folder_of_images(find, digits_folder):
-    printed = find("--arch", "resnet18", "--path", digits_folder, "--formats", "channels  last bf16")
+    printed = find("resnet18", "--path", digits_folder, "--formats", "channels  last bf16")
     assert "(input shape: 4 x 3 x 32 x 32)" in printed
     assert [line.split("  ")[0] for line in printed.splitlines() if "fp32  " in line or "bf16  " in line] == [
         "contiguous fp32",
@@ -304,21 +330,21 @@ def test_find_on_a_folder_of_images(find, digits_folder):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ([], "--arch: pass names of fastai, torchvision or timm models"),
+        ([], "find: pass names of fastai, torchvision or timm models"),
         (
-            ["--arch", "resnet18", "resnet51a"],
-            "--arch resnet51a: no such model in fastai, torchvision or timm; did you",
+            ["resnet18", "resnet51a"],
+            "error: resnet51a: no such model in fastai, torchvision or timm; did you",
         ),
-        (["--arch", "resnet18", "--opt", "adagrad"], "--opt adagrad: pass one of adam, fused"),
-        (["--arch", "resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
-        (["--arch", "resnet18", "--budget", "-1"], "--budget -1.0: pass a number above 0"),
-        (["--arch", "resnet18", "--formats", "fp16"], "--formats 'fp16': no such format; did you mean "),
-        (["--arch", "resnet18", "--formats", "contiguous fp32,"], "--formats '': no such format; did you mean "),
-        (["--arch", "resnet18", "--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json: there is no such"),
-        (["--arch", "resnet18", "--plot", "/no/such/folder/a.png"], "--plot /no/such/folder/a.png: there is no such"),
-        (["--arch", "resnet18", "--plot", "a.xyz"], "--plot a.xyz: "),
-        (["--arch", "resnet18", "--path", "/no/such/folder"], "--path /no/such/folder: there is no such folder"),
-        (["--arch", "DynamicUnet", "--path", "."], "--arch DynamicUnet: no such classification model"),
+        (["resnet18", "--opt", "adagrad"], "--opt adagrad: pass one of adam, fused"),
+        (["resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
+        (["resnet18", "--budget", "-1"], "--budget -1.0: pass a number above 0"),
+        (["resnet18", "--formats", "fp16"], "--formats 'fp16': no such format; did you mean "),
+        (["resnet18", "--formats", "contiguous fp32,"], "--formats '': no such format; did you mean "),
+        (["resnet18", "--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json: there is no such"),
+        (["resnet18", "--plot", "/no/such/folder/a.png"], "--plot /no/such/folder/a.png: there is no such"),
+        (["resnet18", "--plot", "a.xyz"], "--plot a.xyz: "),
+        (["resnet18", "--path", "/no/such/folder"], "--path /no/such/folder: there is no such folder"),
+        (["DynamicUnet", "--path", "."], "error: DynamicUnet: no such classification model"),
     ],
 )
 def test_find_refuses_bad_input_before_it_begins(fails, arguments, said):
@@ -328,7 +354,7 @@ def test_find_refuses_bad_input_before_it_begins(fails, arguments, said):
 @pytest.mark.filterwarnings("ignore")
 def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        find("--arch", "vit_b_16,resnet18", "--formats", "contiguous fp32", "--json", tmp_path / "a.json")
+        find("vit_b_16", "resnet18", "--formats", "contiguous fp32", "--json", tmp_path / "a.json")
     captured = capsys.readouterr()
     assert ended.value.code == 1 and "error: vit_b_16" in captured.err and "ResNet (input" in captured.out
     results = json.loads((tmp_path / "a.json").read_text())["results"]
@@ -337,7 +363,7 @@ def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_
 
 @pytest.mark.filterwarnings("ignore")
 def test_find_holds_one_architecture_at_a_time(find, monkeypatch):
-    models, alive, real = [], [], cli.new_learner
+    models, alive, real = [], [], find_command.new_learner
 
     def watch(*args):
         alive.append([model() is not None for model in models])
@@ -345,15 +371,6 @@ def test_find_holds_one_architecture_at_a_time(find, monkeypatch):
         models.append(weakref.ref(learn.model))
         return learn
 
-    monkeypatch.setattr(cli, "new_learner", watch)
-    find("--arch", "resnet18", "mobilenetv3_small_050", "resnet10t", "--formats", "contiguous fp32")
+    monkeypatch.setattr(find_command, "new_learner", watch)
+    find("resnet18", "mobilenetv3_small_050", "resnet10t", "--formats", "contiguous fp32")
     assert alive == [[], [False], [False, False]] and models[-1]() is None
-
-
-def test_values_of_an_option_in_every_way():
-    for arguments in (["--arch", "a", "b"], ["--arch", "a", "--arch", "b"], ["--arch=a,b"], ["--arch", "a,b"]):
-        assert cli.join_values(["--bs", "3", *arguments, "--size", "4"], "--arch") == [
-            *["--bs", "3", "--size", "4"],
-            *["--arch", "a,b"],
-        ]
-    assert cli.join_values(["--bs", "3"], "--arch") == ["--bs", "3"]

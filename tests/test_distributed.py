@@ -150,7 +150,7 @@ def check_training(done, said):
 
 
 def test_training_script_on_two_processes():
-    command = TESTS / "distributed_worker.py", "train.py", "--size", "16", "--epochs", "2", "--amp_mode", "none"
+    command = TESTS / "distributed_worker.py", "train.py", "--size", "16", "--epochs", "2", "--amp_mode", "fp32"
     check_training(launch_on_cpu(*command, "--device", "cpu"), "channels last fp32 on 2 x cpu")
 
 

@@ -20,7 +20,7 @@ from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_digits
 from torch import nn
 
-from channelslast.callback import TrainFormat
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last, module_to_memory_format, to_memory_format
 
 EPS = torch.finfo(torch.float32).eps

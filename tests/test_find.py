@@ -3,6 +3,7 @@
 import gc
 import random
 import threading
+import time
 import weakref
 from functools import partial
 from itertools import count
@@ -26,8 +27,14 @@ from fastai.optimizer import OptimWrapper, ranger
 from matplotlib import pyplot as plt
 from torch import nn
 
-from channelslast import find
-from channelslast.callback import TrainFormat
+from channelslast.find.batches import N_BATCHES, load_batches, n_items_in
+from channelslast.find.candidates import Candidate, formats_to_try, why_not
+from channelslast.find.fits import Fits
+from channelslast.find.plan import FEW_ROUNDS, MIN_ROUNDS, N_ROUNDS
+from channelslast.find.run import find_format, room_for_compiled
+from channelslast.find.search import Search
+from channelslast.find.steps import ProfiledStep, WarmUp
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
@@ -37,7 +44,7 @@ CONTIGUOUS_BF16, LAST_BF16 = TrainFormat(False, "bf16"), TrainFormat(True, "bf16
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
     "The fewest rounds, unless a budget is named: most tests ask for none of the time."
-    monkeypatch.setattr(find, "BUDGET", 1e-3)
+    monkeypatch.setattr("channelslast.find.budget.BUDGET", 1e-3)
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def clock(monkeypatch):
     "A clock that stands still but for what a test adds to it."
     clock = SimpleNamespace(now=0.0)
     clock.tick = lambda seconds: setattr(clock, "now", clock.now + seconds)
-    monkeypatch.setattr(find, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock
 
 
@@ -104,7 +111,7 @@ def test_model_without_images_has_no_format_to_choose(tabular_learner, bf16_cpu)
 
 
 def test_device_where_channels_last_is_not_reliable(learn, monkeypatch, plain_cpu):
-    monkeypatch.setattr(find, "supports_channels_last", lambda device: False)
+    monkeypatch.setattr("channelslast.find.candidates.supports_channels_last", lambda device: False)
     assert [row.format for row in learn.format_find(show_plot=False)] == [CONTIGUOUS]
     timings = learn.format_find([LAST], show_plot=False)
     assert "not reliable on the device 'cpu'" in timings[1].error
@@ -130,8 +137,8 @@ def test_precision_that_the_device_would_replace_is_no_candidate(timed):
 
 def test_compile_adds_each_candidate_compiled(learn, plain_cpu, monkeypatch):
     tried = []
-    monkeypatch.setattr(find._Search, "run", lambda self: tried.extend(c.row.format for c in self.candidates))
-    monkeypatch.setattr(find._Search, "timings", lambda self, start: None)
+    monkeypatch.setattr(Search, "run", lambda self: tried.extend(c.row.format for c in self.candidates))
+    monkeypatch.setattr(Search, "finish", lambda self, start: None)
     learn.format_find(compile=True, show_plot=False)
     compiled = [TrainFormat(False, None, "default"), TrainFormat(True, None, "default")]
     assert tried == [CONTIGUOUS, LAST, *compiled]
@@ -139,24 +146,25 @@ def test_compile_adds_each_candidate_compiled(learn, plain_cpu, monkeypatch):
     learn.format_find([LAST], compile=True, show_plot=False)
     assert tried == [CONTIGUOUS, LAST, compiled[1]]
     tried.clear()
-    monkeypatch.setattr(find, "training_device", lambda learn: torch.device("cuda"))
-    monkeypatch.setattr(find, "accelerated_dtypes", lambda device: ())
-    monkeypatch.setattr(find, "_cuda_tensors", lambda learn: [])
+    for module in ("candidates", "search"):
+        monkeypatch.setattr(f"channelslast.find.{module}.training_device", lambda learn: torch.device("cuda"))
+    monkeypatch.setattr("channelslast.find.candidates.accelerated_dtypes", lambda device: ())
+    monkeypatch.setattr("channelslast.find.memory.cuda_tensors", lambda learn: [])
     learn.format_find([LAST], compile=True, show_plot=False)
     assert [fmt.compile for fmt in tried] == [None, None, "default", "reduce-overhead"]
 
 
 def test_compiled_learner_is_timed_compiled(learn, plain_cpu, monkeypatch):
     learn.to_format(TrainFormat(compile="default"))
-    formats = find._formats_to_try(learn, None, False)
+    formats = formats_to_try(learn, None, False)
     assert formats == [TrainFormat(False, None, "default"), TrainFormat(True, None, "default")]
 
 
 def test_distinct_shapes_are_left_out_of_the_batches(learn):
     batches = [(torch.randn(bs, 3, 8, 8), torch.zeros(bs).long()) for bs in (8, 4, 8, 8, 8, 8)]
     learn.dls.loaders[0] = batches
-    kept, _ = find._load_batches(learn, 10)
-    assert [len(xb) for xb, yb in kept] == [8] * find._N_BATCHES
+    kept, _ = load_batches(learn, 10)
+    assert [len(xb) for xb, yb in kept] == [8] * N_BATCHES
 
 
 # How it times
@@ -188,12 +196,12 @@ def test_rounds_are_interleaved_and_as_long_as_the_others(timed):
     timings = timed.format_find([LAST], show_plot=False, budget=10)
     assert all(training for _, training in order)
     lengths = [len(timings[0].samples), len(timings[1].samples)]
-    assert lengths[0] == lengths[1] == find._N_ROUNDS and timings.n_steps > 1
-    n_warm, n_timed = 2 * 3, 2 * find._N_ROUNDS * (1 + timings.n_steps)
+    assert lengths[0] == lengths[1] == N_ROUNDS and timings.n_steps > 1
+    n_warm, n_timed = 2 * 3, 2 * N_ROUNDS * (1 + timings.n_steps)
     assert len(order) == n_warm + n_timed
     formats, n = [fmt for fmt, _ in order[n_warm:]], 1 + timings.n_steps
     to_and_fro = [CONTIGUOUS] * n + [LAST] * 2 * n + [CONTIGUOUS] * n
-    assert formats == to_and_fro * (find._N_ROUNDS // 2)
+    assert formats == to_and_fro * (N_ROUNDS // 2)
 
 
 @pytest.mark.parametrize("budget", [3, 20])
@@ -203,15 +211,15 @@ def test_seconds_asked_for_are_seconds_used(timed, clock, budget):
 
 
 def test_compilation_does_not_count(timed, clock, monkeypatch):
-    real = find._Search.fit
+    real = Fits.train
 
     def slow_if_compiled(self, candidate, new_steps, **kwargs):
         candidate.prepare = lambda learn: learn.to_format(TrainFormat(candidate.row.format.channels_last))
-        if candidate.row.format.compile and new_steps is find._WarmUp:
+        if candidate.row.format.compile and new_steps is WarmUp:
             clock.now += 1000
         return real(self, candidate, new_steps, **kwargs)
 
-    monkeypatch.setattr(find._Search, "fit", slow_if_compiled)
+    monkeypatch.setattr(Fits, "train", slow_if_compiled)
     timings = timed.format_find([TrainFormat(True, None, "default")], show_plot=False, budget=10)
     assert clock.now == pytest.approx(1010, abs=1) and timings[1].warmup_s == pytest.approx(1000, abs=1)
 
@@ -279,12 +287,12 @@ def test_workers_that_start_are_not_data_that_are_slow(timed, clock):
                 clock.tick(0.5)
                 yield batch
 
-    _, items_per_s = find._load_batches(timed, 1000)
+    _, items_per_s = load_batches(timed, 1000)
     timed.dls.loaders[0] = Starts(timed.dls.loaders[0])
-    _, items_per_s = find._load_batches(timed, 1000)
+    _, items_per_s = load_batches(timed, 1000)
     assert items_per_s == pytest.approx(16)
     timed.dls.loaders[0] = Starts(timed.dls.loaders[0][:1])
-    assert find._load_batches(timed, 1000)[1] == pytest.approx(8 / 100.5)
+    assert load_batches(timed, 1000)[1] == pytest.approx(8 / 100.5)
 
 
 @pytest.mark.parametrize(
@@ -296,10 +304,11 @@ def test_workers_that_start_are_not_data_that_are_slow(timed, clock):
         (((torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 8, 8)), torch.zeros(5)), 5),
         (([torch.zeros(5, 3, 8, 8), torch.zeros(5, 2)], torch.zeros(5)), 5),
         (([torch.zeros(3, 8, 8)] * 2, [{}] * 2), 2),
+        (([torch.zeros(3, 8, 8)] * 2, torch.tensor(1.0)), 2),
     ],
 )
 def test_items_in_a_batch(batch, n):
-    assert find.n_items_in(batch) == n
+    assert n_items_in(batch) == n
 
 
 def test_steps_end_after_all_callbacks(timed, clock):
@@ -321,14 +330,14 @@ def test_warm_up_ends(new_learner, clock, plain_cpu):
             return super().forward(x)
 
     learn = new_learner(EverFaster)
-    find.find_format(learn, [find.Candidate(CONTIGUOUS)])
-    assert clock.steps == 12 + find._MIN_ROUNDS * 2
+    find_format(learn, [Candidate(CONTIGUOUS)])
+    assert clock.steps == 12 + MIN_ROUNDS * 2
 
 
 def test_rounds_are_few_where_little_of_them_is_timed(new_learner, clock, plain_cpu):
     learn = new_learner(lambda: TimedNet(clock))  # a step of 40 ms before each round, and one of 20
     timings = learn.format_find(show_plot=False, budget=1.3)
-    assert find._MIN_ROUNDS < len(timings[0].samples) <= find._FEW_ROUNDS + 1 and timings.n_steps == 2
+    assert MIN_ROUNDS < len(timings[0].samples) <= FEW_ROUNDS + 1 and timings.n_steps == 2
 
 
 def test_callbacks_that_change_the_batch_or_the_loop_take_part(new_learner):
@@ -630,7 +639,7 @@ def test_progress_bar(timed, monkeypatch):
         def on_iter_end(self):
             self.ended += 1
 
-    monkeypatch.setattr(find, "progress_bar", Bar)
+    monkeypatch.setattr("channelslast.find.run.progress_bar", Bar)
     timed.format_find(show_plot=False, budget=10)
     assert bars == []  # a Learner without a bar
     timed.add_cb(ProgressCallback())
@@ -710,7 +719,7 @@ def test_candidate_that_fails_late(learn, plain_cpu):
     learn.add_cb(FailsLate(4))
     timings = learn.format_find(show_plot=False)
     assert "late" in timings[1].error and timings[1].samples == [] and timings.best == CONTIGUOUS
-    assert len(timings[0].samples) >= find._MIN_ROUNDS
+    assert len(timings[0].samples) >= MIN_ROUNDS
 
 
 def test_compile_error_is_a_row(learn, plain_cpu, monkeypatch):
@@ -864,43 +873,44 @@ def test_training_that_a_callback_ends_is_not_validated(learn):
 
 
 def test_profiler_that_fails_leaves_the_rows_alone(timed, monkeypatch):
-    real = find._Search.fit
+    real = Fits.train
 
     def fails_to_profile(self, candidate, new_steps, **kwargs):
-        if new_steps is find._ProfiledStep:
+        if new_steps is ProfiledStep:
             return None, "no CUPTI"
         return real(self, candidate, new_steps, **kwargs)
 
-    monkeypatch.setattr(find._Search, "fit", fails_to_profile)
-    monkeypatch.setattr(find, "gpu_shares", None)
-    search = []
-    timings_of = find._Search.timings
+    monkeypatch.setattr(Fits, "train", fails_to_profile)
+    monkeypatch.setattr("channelslast.find.search.gpu_shares", None)
+    searches = []
+    finish = Search.finish
 
     def remember(self, start):
-        search.append(self)
-        return timings_of(self, start)
+        searches.append(self)
+        return finish(self, start)
 
-    monkeypatch.setattr(find._Search, "timings", remember)
+    monkeypatch.setattr(Search, "finish", remember)
     timings = timed.format_find(show_plot=False)
-    search[0].device = torch.device("cuda")
-    assert search[0].busy(search[0].candidates[0]) is None and not any(row.error for row in timings)
+    (found,) = searches
+    found.device = torch.device("cuda")
+    assert found.measure_busy(found.candidates[0]) is None and not any(row.error for row in timings)
 
 
 def test_comparison_that_is_no_choice(timed):
-    other = find.Candidate(LAST_BF16, is_choice=False)
-    timings = find.find_format(timed, [find.Candidate(CONTIGUOUS), other])
+    other = Candidate(LAST_BF16, is_choice=False)
+    timings = find_format(timed, [Candidate(CONTIGUOUS), other])
     assert len(timings) == 1 and timings.best == CONTIGUOUS and other.row.ms == pytest.approx(10)
-    failing = find.Candidate(CONTIGUOUS, error="no")
+    failing = Candidate(CONTIGUOUS, error="no")
     with pytest.raises(RuntimeError, match=r"No format can train this Learner\. contiguous fp32: no$"):
-        find.find_format(timed, [failing, other])
+        find_format(timed, [failing, other])
 
 
 def test_reason_why_a_gpu_cannot_train_in_bfloat16(learn, monkeypatch):
     def refuses(amp_mode, device):
         raise ValueError("the GPU has no bfloat16")
 
-    monkeypatch.setattr(find, "autocast_dtype", refuses)
-    assert find._cannot_train(LAST_BF16, torch.device("cuda")) == "the GPU has no bfloat16"
+    monkeypatch.setattr("channelslast.find.candidates.autocast_dtype", refuses)
+    assert why_not(LAST_BF16, torch.device("cuda")) == "the GPU has no bfloat16"
 
 
 # Bad input
@@ -945,7 +955,7 @@ def test_budget_that_is_named_as_enough_is_enough(timed):
         timed.format_find(budget=0.35)
     enough = float(str(raised.value).split("at least ")[1].split(",")[0])
     timings = timed.format_find(budget=enough, show_plot=False)
-    assert len(timings[0].samples) >= find._MIN_ROUNDS
+    assert len(timings[0].samples) >= MIN_ROUNDS
 
 
 def test_budget_that_failing_formats_use_up(new_learner, clock, bf16_cpu):
@@ -1071,7 +1081,7 @@ def test_many_compiled_candidates_are_all_compiled(monkeypatch):
         compiled.append([tuple(tensor.stride()) for tensor in inputs if tensor.ndim == 4])
         return graph.forward
 
-    with find._compiling(True):
+    with room_for_compiled(True):
         function = torch.compile(lambda x, n: x * n, backend=backend)
         for n in range(20):
             x = torch.randn(2, 3, 4, 4)

@@ -24,8 +24,9 @@ from fastai.callback.core import (
 from fastai.optimizer import SGD, Adam
 from torch import nn
 
-from channelslast import find
-from channelslast.callback import TrainFormat
+from channelslast import memory_format
+from channelslast.find import budget
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
 BEFORE_A_STEP = [
@@ -335,7 +336,7 @@ def test_cancelling_does_what_it_does_in_fastai(new_learner, bf16_cpu, fmt, erro
 # A search and a summary
 
 
-PACKAGE = str(Path(find.__file__).parent)
+PACKAGE = str(Path(memory_format.__file__).parent)
 
 
 class InterruptAt:
@@ -372,7 +373,7 @@ def search(learn):
 
 @pytest.fixture
 def quick_search(monkeypatch):
-    monkeypatch.setattr(find, "BUDGET", 1e-3)
+    monkeypatch.setattr(budget, "BUDGET", 1e-3)
 
 
 @pytest.mark.parametrize("call, every", [(summarise, 17), (search, 97)])  # 1 has been run by hand

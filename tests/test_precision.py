@@ -17,15 +17,9 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.amp import GradScaler
 
-from channelslast import precision
-from channelslast.precision import (
-    AMPMode,
-    FastaiMixedPrecision,
-    MixedPrecision,
-    accelerated_dtypes,
-    autocast_dtype,
-    training_device,
-)
+from channelslast import devices, precision
+from channelslast.devices import AMPMode, accelerated_dtypes, autocast_dtype, training_device
+from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 
 OPTIONS = dict(init_scale=8.0, growth_factor=3.0, backoff_factor=0.25, growth_interval=5, enabled=True)
 
@@ -77,10 +71,10 @@ def unknown_devices():
         ({"neon", "fp16_arith"}, (torch.float16,)),
         ({"avx2", "f16c"}, ()),
     ],
-    ids=str,
+    ids=["bf16", "both", "fp16", "none"],
 )
 def test_cpu_accelerates_what_it_has_instructions_for(unknown_devices, monkeypatch, features, expected):
-    monkeypatch.setattr(precision, "_cpu_features", lambda: features)
+    monkeypatch.setattr(devices, "_cpu_features", lambda: features)
     assert accelerated_dtypes("cpu") == expected
 
 
@@ -94,14 +88,14 @@ def test_cpu_features_are_known_without_pytorch_telling(unknown_devices, monkeyp
 def test_cpu_features_of_another_system_than_linux_are_none(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for system in ("Darwin", "Windows"):
-        monkeypatch.setattr(precision.platform, "system", lambda system=system: system)
-        assert precision._cpu_features() == set()
+        monkeypatch.setattr(devices.platform, "system", lambda system=system: system)
+        assert devices._cpu_features() == set()
 
 
 def test_cpu_features_are_those_that_pytorch_says_it_has(monkeypatch):
     features = {"avx2": True, "amx_bf16": False, "cache_size": 32}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    assert precision._cpu_features() == {"avx2"}
+    assert devices._cpu_features() == {"avx2"}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +121,8 @@ def test_every_gpu_under_rocm_has_both(unknown_devices, monkeypatch):
 
 @pytest.mark.parametrize("has_scaler, expected", [(True, (torch.float16, torch.bfloat16)), (False, ())])
 def test_mps_needs_a_pytorch_with_its_grad_scaler(unknown_devices, monkeypatch, has_scaler, expected):
-    monkeypatch.setattr(precision, "is_autocast_available", lambda device_type: True)  # PyTorch 2.4 has it not yet
-    monkeypatch.setattr(precision, "ismin_torch", lambda version: has_scaler)
+    monkeypatch.setattr(devices, "is_autocast_available", lambda device_type: True)  # PyTorch 2.4 has it not yet
+    monkeypatch.setattr(devices, "ismin_torch", lambda version: has_scaler)
     assert accelerated_dtypes("mps") == expected
 
 
@@ -137,7 +131,7 @@ def test_training_device_is_the_one_that_fastai_trains_on(new_learner, monkeypat
     by_hand = new_learner(dls=new_dls(3, 8, 8, device="meta"), default_cbs=False)
     assert training_device(by_hand) == torch.device("cpu")
     plain_dls = new_learner(dls=DataLoaders([1], [1]), loss_func=nn.MSELoss())
-    monkeypatch.setattr(precision, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(devices, "default_device", lambda: torch.device("meta"))
     assert training_device(plain_dls) == torch.device("meta")
 
 
@@ -164,13 +158,13 @@ def test_cpu_without_half_precision_trains_in_float32(plain_cpu, amp_mode, new_l
 
 
 def test_bfloat16_on_a_gpu_without_it_is_an_error_that_says_what_to_pass(monkeypatch):
-    monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: (torch.float16,))
+    monkeypatch.setattr(devices, "accelerated_dtypes", lambda device: (torch.float16,))
     with pytest.raises(ValueError, match=r"amp_mode='bf16'.*cuda.*amp_mode='fp16'"):
         autocast_dtype("bf16", "cuda")
 
 
 def test_float16_on_a_gpu_without_tensor_cores_stays_and_says_so(monkeypatch):
-    monkeypatch.setattr(precision, "accelerated_dtypes", lambda device: ())
+    monkeypatch.setattr(devices, "accelerated_dtypes", lambda device: ())
     dtype, why = autocast_dtype("fp16", "cuda")
     assert dtype is torch.float16 and "Tensor Cores" in why
 

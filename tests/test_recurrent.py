@@ -12,7 +12,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from torch import nn
 
-from channelslast.callback import TrainFormat
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
 RECURRENT = [nn.GRU, nn.LSTM, nn.RNN]

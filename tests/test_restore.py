@@ -32,10 +32,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.callback import ChannelsLast
+from channelslast.fit import FitDone
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last, module_to_memory_format
 from channelslast.precision import MixedPrecision
-from channelslast.restore import FitDone, unchanged_learner, unchanged_modules, unchanged_tensors
+from channelslast.restore import unchanged_learner, unchanged_modules, unchanged_tensors
 
 
 def random_numbers():

@@ -213,15 +213,9 @@ TASKS = {
 }
 
 
-def each_task(but=(), **known):
-    "Parametrize by task, `but` some. `known` are failures: the reason with underscores, and its tasks."
-    marks = {
-        task: pytest.mark.xfail(strict=True, reason=reason.replace("_", " "))
-        for reason, tasks in known.items()
-        for task in tasks
-    }
-    params = [pytest.param(task, marks=marks.get(task, ())) for task in TASKS if task not in but]
-    return pytest.mark.parametrize("task", params)
+def each_task(but=()):
+    "Parametrize by task, `but` some."
+    return pytest.mark.parametrize("task", [task for task in TASKS if task not in but])
 
 
 CRNNS = ("CRNN of GRU", "CRNN of LSTM", "CRNN of RNN")
@@ -277,7 +271,7 @@ def assert_same_state(model, state):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-@each_task(not_all_keys_of_the_optimizer_state_are_tensors=(*CRNNS, *TEXTS, "collaborative filtering"))
+@each_task()
 def test_fits_as_contiguous(task, new_task):
     contiguous, learn = new_task(task), new_task(task).to_channelslast(use_amp=False)
     is_image_model = bool(formats_of(learn.model))
@@ -300,11 +294,7 @@ def test_fits_as_contiguous(task, new_task):
     torch.testing.assert_close(fit(learn), fit(contiguous), rtol=1e-3, atol=1e-6)
 
 
-@each_task(
-    not_all_keys_of_the_optimizer_state_are_tensors=CRNNS,
-    a_read_only_array=["text classifier"],
-    the_order_of_the_texts_stays_shuffled=["language model"],
-)
+@each_task()
 def test_summary_leaves_it_as_it_was(task, new_task):
     learn, twin = (new_task(task).to_channelslast(use_amp=False) for _ in range(2))
     fit(learn), fit(twin)
@@ -315,7 +305,7 @@ def test_summary_leaves_it_as_it_was(task, new_task):
     assert torch.equal(fit(learn), fit(twin))
 
 
-@each_task(but=NO_EXPORT, not_all_keys_of_the_optimizer_state_are_tensors=CRNNS)
+@each_task(but=NO_EXPORT)
 def test_exports(task, new_task):
     learn = new_task(task).to_channelslast(use_amp=False)
     fit(learn)

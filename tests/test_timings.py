@@ -5,8 +5,8 @@ from math import isnan, nan
 import pytest
 from matplotlib import pyplot as plt
 
-from channelslast.callback import TrainFormat
-from channelslast.timings import FormatTiming, FormatTimings
+from channelslast.find.result import FormatTiming, FormatTimings
+from channelslast.formats import TrainFormat
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
 CONTIGUOUS_BF16, LAST_BF16 = TrainFormat(False, "bf16"), TrainFormat(True, "bf16")
@@ -160,6 +160,23 @@ def test_table_has_a_line_for_each_candidate_in_columns():
     assert rows[1].startswith("channels last fp32") and "RuntimeError: no" in rows[1] and len(rows[1]) < 130
     assert rows[2].split()[-1] == "best" and "30.86" in rows[2]
     assert lines[1] == lines[3] == lines[7] and set(lines[1]) == {"="} and len(lines[1]) >= max(map(len, rows))
+
+
+def test_in_a_notebook_it_is_a_table_of_html():
+    timings = new_timings({CONTIGUOUS: around(1234.5), LAST: "ValueError: <no>", LAST_BF16: around(40)})
+    html = timings._repr_html_()
+    assert html.count("<tr") == 4 and "ValueError: &lt;no&gt;" in html and "<td>1234.50</td>" in html
+    assert "30.86 times as fast" in html and "<code>learn.to_format(" in html and "peak GB" not in html
+    timings.data_items_per_s = 50
+    assert "yields 50 items a second" in timings._repr_html_()
+
+
+def test_rows_and_start_are_enough():
+    rows = [FormatTiming(CONTIGUOUS, around(100)), FormatTiming(LAST, around(40))]
+    timings = FormatTimings(rows, CONTIGUOUS)
+    assert timings.best == LAST and timings[1].speedup == 2.5 and timings.limit == "device"
+    assert "2.50 times as fast" in timings.verdict and "channels last fp32" in str(timings) + timings._repr_html_()
+    plt.close(timings.plot().figure)
 
 
 def test_table_of_a_gpu_has_its_memory():

@@ -36,8 +36,8 @@ def test_trains_an_image_folder_and_says_how_well_and_how_fast(train, arguments,
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"contiguous": True, "amp_mode": "none"}, "format: contiguous fp32"),
-        ({"amp_mode": "none"}, "format: channels last fp32"),
+        ({"contiguous": True, "amp_mode": "fp32"}, "format: contiguous fp32"),
+        ({"amp_mode": "fp32"}, "format: channels last fp32"),
         ({"amp_mode": "bf16"}, "format: channels last bf16"),
     ],
 )
@@ -47,7 +47,7 @@ def test_says_the_format_and_precision_in_use(train, arguments, capsys, options,
 
 
 def test_digits_are_written_once(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "fastai_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("channelslast.zoo.data.fastai_path", lambda name: tmp_path / name)
     folder = train.digits_folder()
     files = list(folder.glob("*/*.png"))
     assert len(files) == 1797 and {file.parent.name for file in files} == set("0123456789")
@@ -65,7 +65,7 @@ def test_digits_are_written_once(train, tmp_path, monkeypatch):
             "--arch xresnt18: no such classification model in fastai, torchvision or timm; did you mean xresnet18",
         ),
         ({"arch": "?"}, "--arch ?: no such classification model in fastai, torchvision or timm; try"),
-        ({"amp_mode": "fp8"}, "--amp_mode fp8: pass one of auto, fp16, bf16, none"),
+        ({"amp_mode": "fp8"}, "--amp_mode fp8: pass one of auto, fp16, bf16, fp32"),
         ({"device": "gpu"}, "--device gpu: "),
         ({"bs": 0}, "--bs 0: pass a number above 0"),
         ({"size": -1}, "--size -1: pass a number above 0"),
@@ -103,7 +103,7 @@ def test_runs_as_a_script(digits_folder):
         "--path",
         digits_folder,
         "--amp_mode",
-        "none",
+        "fp32",
         "--size",
         "16",
         "--epochs",

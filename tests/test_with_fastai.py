@@ -31,7 +31,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from channelslast.callback import ChannelsLast, TrainFormat
+from channelslast.callback import ChannelsLast
+from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 

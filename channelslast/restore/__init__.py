@@ -28,11 +28,12 @@ from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from channelslast.precision import AutocastState, training_device
+from channelslast.devices import training_device
+from channelslast.precision import AutocastState
 from channelslast.restore.parts import save_array, save_gradient, save_items, save_values
 from channelslast.restore.reach import Node, Reached, Saved, words
 
-__all__ = ["FitDone", "unchanged_learner", "unchanged_modules", "unchanged_tensors"]
+__all__ = ["unchanged_learner", "unchanged_modules", "unchanged_tensors"]
 
 # fastai's loggers that do not keep quiet for `learn.lr_finder`, as its others do
 _LOGGERS = ("fastai.callback.azureml", "fastai.callback.comet", "fastai.callback.neptune")
@@ -85,10 +86,6 @@ def unchanged_tensors(
 
 def _is_loud(cb: Callback) -> bool:
     return isinstance(cb, ProgressCallback) or type(cb).__module__ in _LOGGERS
-
-
-class FitDone(BaseException):
-    "Ends a fit without the events that follow one, for none was made. (fastai rewrites an `Exception` of a callback.)"
 
 
 class _Saved:

@@ -34,8 +34,9 @@ from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 from torch import nn
 
-from channelslast.callback import TrainFormat
-from channelslast.cli import fused_adamw, made_with, new_model
+from channelslast.cli.record import made_with
+from channelslast.formats import TrainFormat
+from channelslast.zoo import fused_adamw, new_model
 
 N_STEPS = 8  # of which losses are compared
 BS = 16  # digits in a batch of one process

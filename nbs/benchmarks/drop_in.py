@@ -28,11 +28,11 @@ from fastcore.script import call_parse
 from torch import nn
 from torch.amp import GradScaler, autocast
 
-from channelslast import cli
-from channelslast.callback import ChannelsLast, FastaiChannelsLast
-from channelslast.cli import Batches, fused_adamw, made_with
+from channelslast import zoo
+from channelslast.callback import ChannelsLast
+from channelslast.cli.record import made_with
 from channelslast.memory_format import module_to_memory_format, optimizer_to_memory_format
-from channelslast.precision import FastaiMixedPrecision
+from channelslast.zoo import Batches, fused_adamw, to_fastai_channelslast
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 N_CLASSES = 1000
@@ -58,7 +58,7 @@ class EpochTimer(Callback):
 
 def new_model(arch: str) -> nn.Module:
     torch.manual_seed(0)
-    return cli.new_model(arch, N_CLASSES)
+    return zoo.new_model(arch, N_CLASSES)
 
 
 class LearnerLoop:
@@ -164,9 +164,7 @@ def main(
     new_learner = partial(LearnerLoop, arch, batches, device, synchronize, opt_func)
     new_contender = {
         "channelslast": lambda: new_learner(lambda learn: learn.to_channelslast(amp_mode=amp_mode)),
-        "fastai built-in": lambda: new_learner(
-            lambda learn: learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision(amp_mode)])
-        ),
+        "fastai built-in": lambda: new_learner(lambda learn: to_fastai_channelslast(learn, amp_mode)),
         "plain PyTorch loop": lambda: PlainLoop(arch, batches, device, synchronize, amp_mode),
     }
     contenders = {name: make() for name, make in new_contender.items()}

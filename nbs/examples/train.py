@@ -7,45 +7,31 @@
 Without `--path` it trains on scikit-learn's digits: 1,797 real scans of 8x8 pixels, which need no download.
 """
 
-import shutil
 import sys
-import tempfile
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from fastai.callback import progress, schedule  # noqa: F401, the progress bar and `fit_one_cycle`
 from fastai.callback.core import Callback
-from fastai.data.external import fastai_path
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
-from fastcore.script import call_parse
-from PIL import Image
-from sklearn.datasets import load_digits
 
-from channelslast.callback import TrainFormat
-from channelslast.cli import fail, image_folder, new_dls, new_model, spell_options, to_amp_mode, to_device
-from channelslast.precision import training_device
-
-
-def digits_folder() -> Path:
-    "scikit-learn's digits as an image folder, `digits/<label>/<number>.png`, written once among fastai's data sets."
-    folder = fastai_path("data") / "digits"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-        digits = load_digits()
-        for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            file = unfinished / str(label) / f"{number}.png"
-            file.parent.mkdir(exist_ok=True)
-            Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
-    return folder
+from channelslast.devices import training_device
+from channelslast.formats import TrainFormat
+from channelslast.zoo import (
+    IllegalValue,
+    check_positive,
+    choose_amp_mode,
+    digits_folder,
+    find_device,
+    image_dls,
+    image_folder,
+    new_model,
+)
 
 
 def prepare(path: str | None) -> Path:
@@ -98,48 +84,84 @@ class Throughput(Callback):
         return max(1, num_distrib()) * self.images / seconds if seconds else None
 
 
+def new_learner(
+    path: str | None,
+    arch: str,
+    size: int,
+    bs: int,
+    amp_mode: str,
+    contiguous: bool,
+    device: str | None,
+) -> Learner:
+    "The Learner in its format, before it is trained. Raises `IllegalValue` for what cannot be."
+    folder = prepare(path)
+    torch_device = find_device(device)
+    fmt = TrainFormat(channels_last=not contiguous, amp_mode=choose_amp_mode(amp_mode, torch_device))
+    set_seed(42)
+    dls = image_dls(folder, size, bs, torch_device)
+    say(f"{arch} on {len(dls.train_ds):,} images of {size} px from {folder}")
+    learn = Learner(dls, new_model(arch, dls.c, kind="classification"), metrics=accuracy, cbs=Throughput())
+    try:
+        return learn.to_format(fmt)
+    except ValueError as error:
+        raise IllegalValue("amp_mode", amp_mode, str(error)) from None
+
+
 def main(
-    path: str = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
+    path: str | None = None,  # folder of images, one subfolder a class; default: scikit-learn's digits
     arch: str = "xresnet18",  # name of a fastai, torchvision or timm model
     size: int = 32,  # images are resized to this many pixels square
     bs: int = 64,  # images in a batch, of each process
     epochs: int = 5,  # passes over the images
     lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
-    amp_mode: str = "auto",  # auto, fp16, bf16 or none; auto: what the device is fastest at
+    amp_mode: str = "auto",  # auto, fp16, bf16 or fp32; auto: what the device is fastest at
     contiguous: bool = False,  # train in contiguous format, to compare
     local_bn: bool = False,  # on several GPUs, normalize the images of each alone, without SyncBatchNorm
-    device: str = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
+    device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
 ):
     "Train an image classifier with fastai in channels last format, on every GPU that `accelerate launch` gives it."
-    for name, value in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
-        if not value > 0:
-            fail(f"--{name} {value}: pass a number above 0")
-    folder = prepare(path)
-    torch_device = to_device(device)
-    mode = to_amp_mode(amp_mode, torch_device)
-    set_seed(42)
-    dls = new_dls(folder, size, bs, torch_device)
-    throughput = Throughput()
-    learn = Learner(dls, new_model(arch, dls.c, kind="classification"), metrics=accuracy, cbs=throughput)
     try:
-        learn.to_format(TrainFormat(channels_last=not contiguous, amp_mode=mode))
-    except ValueError as error:
-        fail(str(error))
-    say(f"{arch} on {len(dls.train_ds):,} images of {size} px from {folder}")
+        check_positive(size=size, bs=bs, epochs=epochs, lr=lr)
+        learn = new_learner(path, arch, size, bs, amp_mode, contiguous, device)
+    except IllegalValue as error:
+        print(f"train.py: error: --{error.name} {error.value}: {error.why}", file=sys.stderr)
+        raise SystemExit(2) from None
+    device_type = training_device(learn).type
     if num_distrib() > 1:
-        say(f"format: {learn.train_format} on {num_distrib()} x {torch_device.type}")
-        with learn.distrib_ctx(sync_bn=not local_bn and torch_device.type == "cuda"):
+        say(f"format: {learn.train_format} on {num_distrib()} x {device_type}")
+        with learn.distrib_ctx(sync_bn=not local_bn and device_type == "cuda"):
             learn.fit_one_cycle(epochs, lr)
     else:
-        say(f"format: {learn.train_format} on {torch_device}")
+        say(f"format: {learn.train_format} on {training_device(learn)}")
         learn.fit_one_cycle(epochs, lr)
     say(f"accuracy: {learn.recorder.values[-1][2]:.4f}")
-    speed = throughput.images_per_second()
+    speed = learn.throughput.images_per_second()
     say(f"training steps: {speed:,.0f} images/s" if speed else "training steps: too few to time")
     if num_distrib() > 1:
         dist.destroy_process_group()
 
 
+def parse_options() -> dict:
+    parser = ArgumentParser(description=main.__doc__)
+    parser.add_argument("--path", help="folder of images, one subfolder a class; default: scikit-learn's digits")
+    parser.add_argument("--arch", default="xresnet18", help="name of a fastai, torchvision or timm model")
+    parser.add_argument("--size", type=int, default=32, help="images are resized to this many pixels square")
+    parser.add_argument("--bs", type=int, default=64, help="images in a batch, of each process")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the images")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule")
+    parser.add_argument(
+        "--amp-mode", "--amp_mode", default="auto", help="auto (what the device is fastest at), fp16, bf16 or fp32"
+    )
+    parser.add_argument("--contiguous", action="store_true", help="train in contiguous format, to compare")
+    parser.add_argument(
+        "--local-bn",
+        "--local_bn",
+        action="store_true",
+        help="normalize the images of each GPU alone, not SyncBatchNorm",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: fastai's choice")
+    return vars(parser.parse_args())
+
+
 if __name__ == "__main__":
-    sys.argv[1:] = spell_options(sys.argv[1:], main)
-    call_parse(main)
+    main(**parse_options())

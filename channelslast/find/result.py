@@ -1,23 +1,34 @@
 "What `format_find` measured: a table, a picture, and the format to train in."
 
+import re
 import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import isnan, nan
+from html import escape
+from math import inf, isnan, nan
 
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from channelslast.callback import TrainFormat
+from channelslast.find.errors import shorten
+from channelslast.formats import TrainFormat
 
 __all__ = ["FormatTiming", "FormatTimings"]
 
 _BUSY = 0.9  # of the step: above, the GPU is what limits it
+_NUMBERS = {
+    "ms": "{:.2f}",
+    "IQR": "{:.2f}",
+    "items/s": "{:,.0f}",
+    "speedup": "{:.2f}",
+    "peak GB": "{:.2f}",
+    "warm-up s": "{:.1f}",
+}
 
 
 @dataclass
@@ -27,7 +38,7 @@ class FormatTiming:
     format: TrainFormat
     samples: list[float] = field(default_factory=list, repr=False)  # milliseconds a step, in the mean of each round
     items_per_s: float = nan  # images, or what else a batch holds, in the mean of all rounds; of all processes
-    speedup: float = nan  # against the format that the Learner had
+    speedup: float = nan  # against the format that the Learner had; its FormatTimings sets it
     peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA); what CUDA graphs hold is not known
     warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
     error: str | None = None  # why this candidate could not train
@@ -57,12 +68,16 @@ class FormatTimings(Sequence):
 
     rows: list[FormatTiming]
     start: TrainFormat  # the format that the Learner had
-    data_items_per_s: float  # what the training DataLoader yields, without training
-    busy: float | None  # share of the best step in which the GPU ran any kernel; None where that is not known
-    model: str  # class of the model
-    device: str
-    shapes: list[tuple[int, ...]]  # of the model's inputs
-    n_steps: int  # in each round
+    data_items_per_s: float = inf  # what the training DataLoader yields, without training
+    busy: float | None = None  # share of the best step in which the GPU ran any kernel; None where that is not known
+    model: str = ""  # class of the model
+    device: str = ""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the model's inputs
+    n_steps: int = 1  # in each round
+
+    def __post_init__(self):
+        for row in self.rows:
+            row.speedup = self.row(self.start).ms / row.ms
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,7 +144,7 @@ class FormatTimings(Sequence):
         best = self.best_row
         if best.format == self.start:
             words = f"Stay in {best.format}, nothing is faster beyond the noise: `{best.format.code}`."
-        elif isnan(best.speedup):
+        elif self.row(self.start).error:
             words = f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
         else:
             words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}."
@@ -171,20 +186,30 @@ class FormatTimings(Sequence):
         )
 
     def __str__(self) -> str:
-        lines = [self._header(), *self._table(), "", textwrap.fill(self.verdict, 110, subsequent_indent="  ")]
-        return "\n".join([*self._data_warning(), *lines])
+        table = self._table(50).rename(index="{:<24}".format)
+        width = table[""].str.len().max()
+        formatters = {**self._formatters(), "": lambda words: f"{words:<{width}}"}
+        lines = [line.rstrip() for line in table.to_string(formatters=formatters, na_rep="").splitlines()]
+        rule = "=" * max(map(len, lines))
+        lines = [self._header(), rule, lines[0], rule, *lines[1:], rule, ""]
+        warning = [textwrap.fill(self._data_warning(), 110), ""] if self._data_warning() else []
+        return "\n".join([*warning, *lines, textwrap.fill(self.verdict, 110, subsequent_indent="  ")])
 
-    def _data_warning(self) -> list[str]:
+    def _repr_html_(self) -> str:
+        table = self._table(300).to_html(formatters=self._formatters(), na_rep="", border=0)
+        words = [self._data_warning(), self._header(), self.verdict]
+        warning, header, verdict = (re.sub("`(.*?)`", r"<code>\1</code>", escape(text)) for text in words)
+        return f"<p>{warning}</p><p>{header}</p>{table}<p>{verdict}</p>"
+
+    def _data_warning(self) -> str:
         if self.limit != "data":
-            return []
+            return ""
         now, data = self.row(self.start), self.data_items_per_s
         text = f"The data pipeline yields {data:,.0f} items a second, the best step could take "
         text += f"{self.best_row.items_per_s:,.0f}: "
         if now.error or data <= now.items_per_s:
-            text += "no format will help before data come faster."
-        else:
-            text += f"until data come faster no format gives more than {data / now.items_per_s:.2f} times."
-        return [textwrap.fill(text, 110), ""]
+            return f"{text}no format will help before data come faster."
+        return f"{text}until data come faster no format gives more than {data / now.items_per_s:.2f} times."
 
     def _header(self) -> str:
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
@@ -193,24 +218,32 @@ class FormatTimings(Sequence):
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"
 
-    def _table(self) -> list[str]:
-        width = max(24, *(len(str(row.format)) for row in self.rows))
-        on_gpu = any(row.peak_bytes is not None for row in self.rows)
-        head = f"{'Format':<{width}} {'ms':>8} {'IQR':>7} {'items/s':>9} {'speedup':>8}"
-        head += f" {'peak GB':>8}" if on_gpu else ""
-        head += f" {'warm-up s':>10} "
-        lines = []
-        for row in self.rows:
-            if row.error:
-                lines.append(f"{row.format!s:<{width}} {shorten(row.error)}")
-                continue
-            line = f"{row.format!s:<{width}} {row.ms:>8.2f} {row.iqr:>7.2f} {row.items_per_s:>9,.0f}"
-            line += f" {'' if isnan(row.speedup) else f'{row.speedup:.2f}':>8}"
-            if on_gpu:
-                line += f" {'' if row.peak_bytes is None else f'{row.peak_bytes / 1e9:.2f}':>8}"
-            lines.append(f"{line} {row.warmup_s:>10.1f}  {', '.join(self._marks(row))}".rstrip())
-        rule = "=" * max(len(head), *map(len, lines))
-        return [rule, head.rstrip(), rule, *lines, rule]
+    def _table(
+        self,
+        width: int,  # of a reason why a candidate could not train
+    ) -> pd.DataFrame:
+        "The rows as they are shown, with what is to be said of each in a column without a name."
+        rows = [
+            {
+                "ms": row.ms,
+                "IQR": row.iqr,
+                "items/s": row.items_per_s,
+                "speedup": row.speedup,
+                "peak GB": (row.peak_bytes or nan) / 1e9,
+                "warm-up s": row.warmup_s,
+            }
+            for row in self.rows
+        ]
+        table = pd.DataFrame(rows, index=[str(row.format) for row in self.rows])
+        table.columns.name = "Format"
+        table.loc[[bool(row.error) for row in self.rows]] = nan  # also what was measured before it failed
+        if table["peak GB"].isna().all():
+            del table["peak GB"]
+        table[""] = [shorten(row.error, width) if row.error else ", ".join(self._marks(row)) for row in self.rows]
+        return table
+
+    def _formatters(self) -> dict:
+        return {name: number.format for name, number in _NUMBERS.items()}
 
     def _marks(self, row: FormatTiming) -> list[str]:
         return [word for word, fmt in (("now", self.start), ("best", self.best)) if row.format == fmt]
@@ -259,11 +292,3 @@ def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:
 
 def _n_changes(start: TrainFormat, fmt: TrainFormat) -> int:
     return sum(value != vars(start)[name] for name, value in vars(fmt).items())
-
-
-def shorten(
-    text: str,
-    width: int = 100,  # characters
-) -> str:
-    "`text` on one line, its end left out where it is too long."
-    return textwrap.shorten(text, width, placeholder=" ...")

@@ -9,9 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from fastai.learner import Learner
 
-from channelslast.timings import shorten
+from channelslast.find.errors import in_one_line
 
 PATIENCE = 50.0  # seconds until a process that does not answer counts as lost
+_SILENT = "another does not answer, it waits for this one or has ended"
 
 
 class EndedElsewhere(BaseException):
@@ -36,25 +37,28 @@ class Processes:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: "dist.ProcessGroup | None" = None,  # in quotes: some builds of PyTorch have none
     ):
         self.group = group
 
-    def agree(
+    def decide_together(
         self,
         choose: Callable[[list[Any]], Any],  # makes one value of those of all processes
         value: Any,
-        place: Any = None,  # see `agree_on_failure`
+        place: Any = None,  # see `report_failure`
     ) -> Any:
-        "Wait for the other processes, and return what `choose` makes of the values of all."
+        "Wait for the other processes, and return what `choose` makes of the values of all, the same in each."
         if self.group is None:
             return choose([value])
-        messages = _exchange(_Message(value, place=place), self.group)
+        try:
+            messages = _exchange(_Message(value, place=place), self.group)
+        except RuntimeError as silence:
+            raise self._error(None, _SILENT) from silence
         if any(message.failure for message in messages):
             raise EndedElsewhere(messages)
         return choose([message.value for message in messages])
 
-    def agree_on_failure(
+    def report_failure(
         self,
         failure: BaseException | str | None,  # of this process; `EndedElsewhere` if it has heard of another's
         place: Any = None,  # how far it got in its fit; beyond that of another it waits for gradients that never come
@@ -76,7 +80,7 @@ class Processes:
             except RuntimeError:
                 messages = []
         if not messages:
-            raise self._error(failure, "another does not answer, it waits for this one or has ended")
+            raise self._error(failure, _SILENT)
         failed = [rank for rank, message in enumerate(messages) if message.failure]
         if not failed:
             return None
@@ -95,14 +99,14 @@ class Processes:
         return RuntimeError(f"{failure}; {words}" if isinstance(failure, str) else words)
 
 
-def _exchange(message: _Message, group: dist.ProcessGroup | None) -> list[_Message]:
+def _exchange(message: _Message, group: "dist.ProcessGroup | None") -> list[_Message]:
     messages = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message, group)
     return messages
 
 
 def _words(failure: BaseException | str | None) -> str | None:
-    return shorten(f"{type(failure).__name__}: {failure}", 300) if isinstance(failure, BaseException) else failure
+    return in_one_line(failure) if isinstance(failure, BaseException) else failure
 
 
 @contextmanager

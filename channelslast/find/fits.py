@@ -1,0 +1,76 @@
+"Fits of a Learner in one candidate's format after the other, after each of which it is as before."
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from fastai.learner import Learner
+
+from channelslast.devices import training_device
+from channelslast.find.candidates import Candidate
+from channelslast.find.distributed import EndedElsewhere, Processes
+from channelslast.find.errors import drop_tensors
+from channelslast.find.memory import GpuMemory
+from channelslast.find.steps import NO_NUMBER, TimedSteps, WarmUp
+from channelslast.fit import FitDone
+from channelslast.restore import unchanged_learner
+
+
+class Fits:
+    "Trains candidates for a few steps each."
+
+    def __init__(
+        self,
+        learn: Learner,
+        batches: list[Any],  # to train on
+        processes: Processes,
+        memory: GpuMemory,
+        put_tensors_back: Callable[[], None],  # to what they were before the search
+    ):
+        self.learn, self.batches, self.processes = learn, batches, processes
+        self.memory, self.put_tensors_back = memory, put_tensors_back
+        self.device = training_device(learn)
+
+    def train(
+        self,
+        candidate: Candidate,
+        new_steps: Callable[..., TimedSteps],  # a class of `find.steps`
+        **kwargs: Any,  # its options
+    ) -> tuple[Any, str | None]:
+        "Train some steps; return them and why they failed, None if they did not. Wait for the other processes."
+        steps, error = self._try_to_train(candidate, new_steps, **kwargs)
+        if error:
+            self.put_tensors_back()  # even at a learning rate of 0 a gradient that is no number spoils the weights
+        if error and error.startswith(NO_NUMBER):  # maybe those that another candidate has spoilt
+            steps, error = self._try_to_train(candidate, new_steps, **kwargs)
+            self.put_tensors_back()
+        return steps, error
+
+    def _try_to_train(
+        self,
+        candidate: Candidate,
+        new_steps: Callable[..., TimedSteps],
+        **kwargs: Any,
+    ) -> tuple[Any, str | None]:
+        failure = steps = None
+        try:
+            with unchanged_learner(self.learn, values=False):
+                candidate.prepare(self.learn)
+                steps = new_steps(self.batches, self.device, candidate.scaler_state, **kwargs)
+                try:
+                    with self.learn.added_cbs(steps):
+                        self.learn.fit(1, 0)
+                except FitDone:
+                    pass
+                candidate.scaler_state, failure = steps.scaler_state, steps.error
+        except (Exception, EndedElsewhere) as raised:
+            failure = raised
+        error = self.processes.report_failure(failure, steps and steps.place)
+        if isinstance(failure, Exception):
+            drop_tensors(failure)
+            candidate.raised = failure
+        if error:
+            failure = None
+            gc.collect()
+        self.memory.give_back(is_all=error is not None or new_steps is WarmUp)
+        return steps, error

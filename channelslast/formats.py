@@ -1,0 +1,161 @@
+"`TrainFormat`, how a Learner trains; and how a module's compile mode is read and set."
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from fastai.learner import Learner
+from fastai.torch_core import ismin_torch
+from torch import nn
+
+from channelslast.devices import AMPMode, to_amp_mode
+
+__all__ = ["COMPILE_MODES", "TrainFormat", "to_train_format"]
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_MAKE_GRAPHS = ("reduce-overhead", "max-autotune")  # with CUDA graphs of their own
+
+
+@dataclass(frozen=True)
+class TrainFormat:
+    """How a Learner trains: memory format, precision, and what takes Python out of the step.
+
+    Raises `ValueError` for a value that does not exist, and for `cuda_graph` with a mode of `torch.compile` that makes
+    CUDA graphs of its own.
+    """
+
+    channels_last: bool = False  # False: contiguous
+    amp_mode: str | None = None  # 'fp16' or 'bf16'; None, also written 'fp32', for float32
+    compile: str | None = None  # a mode of `torch.compile`, or None for eager
+    cuda_graph: bool = False  # replay the model's forward and backward pass as a CUDA graph
+    fused_optimizer: bool = False  # have fastai's own optimizer step with PyTorch's fused kernels
+
+    def __post_init__(self):
+        for name in ("channels_last", "cuda_graph", "fused_optimizer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: pass True or False")
+        if self.amp_mode is not None:
+            mode = to_amp_mode(self.amp_mode)
+            object.__setattr__(self, "amp_mode", mode and mode.value)
+        if self.compile is not None and self.compile not in COMPILE_MODES:
+            raise ValueError(f"compile={self.compile!r} does not exist: pass None or one of {COMPILE_MODES}")
+        if self.cuda_graph and self.compile in _MAKE_GRAPHS:
+            raise ValueError(
+                f"cuda_graph=True with compile={self.compile!r}: that mode makes CUDA graphs of its own, pass "
+                "compile='default'"
+            )
+
+    def __str__(self) -> str:
+        words = ["channels last" if self.channels_last else "contiguous", self.amp_mode or "fp32"]
+        if self.compile is not None:
+            words.append("compiled" if self.compile == "default" else f"compiled ({self.compile})")
+        words += ["graph"] * self.cuda_graph + ["fused"] * self.fused_optimizer
+        return " ".join(words)
+
+    @property
+    def code(self) -> str:
+        "The line of Python that puts a Learner called `learn` in this format."
+        options = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+        defaults = [f"{field.name}={field.default!r}" for field in fields(self)]
+        changed = [option for option in options if option not in defaults]
+        return f"learn.to_format(TrainFormat({', '.join(changed)}))"
+
+
+def to_train_format(
+    fmt: TrainFormat | str,  # a str is what a TrainFormat prints, as 'channels last bf16'
+) -> TrainFormat:
+    "`fmt` as a TrainFormat; `TypeError` if it is neither, `ValueError` with names that are close for another text."
+    if isinstance(fmt, TrainFormat):
+        return fmt
+    if not isinstance(fmt, str):
+        raise TypeError(f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(True, 'fp16'), or what it prints")
+    legal = {str(made): made for made in _every_format()}
+    words = " ".join(fmt.split())
+    if words not in legal:
+        close = difflib.get_close_matches(words, legal, n=3) or list(legal)[:3]
+        raise ValueError(f"fmt={fmt!r} is no format: did you mean {' or '.join(map(repr, close))}?")
+    return legal[words]
+
+
+def _every_format() -> Iterator[TrainFormat]:
+    amp_modes, switch = (None, *(mode.value for mode in AMPMode)), (False, True)
+    for values in product(switch, amp_modes, (None, *COMPILE_MODES), switch, switch):
+        if not (values[2] in _MAKE_GRAPHS and values[3]):
+            yield TrainFormat(*values)
+
+
+# The mode of each wrapper with which `to_format` compiled a module. A pickled or deep-copied module has none.
+_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def uncompiled(
+    model: nn.Module,
+) -> nn.Module:
+    "The module in the wrapper that `torch.compile(model)` returns; any other `model` itself."
+    if type(model).__module__.startswith("torch._dynamo."):  # the class has no public name
+        (model,) = model.children()
+    return model
+
+
+def _wrapper(model: nn.Module) -> Any:
+    "PyTorch's wrapper around a module that is compiled in place; without one, or without its name, the module itself."
+    return getattr(model, "_compiled_call_impl", None) or model
+
+
+def compile_mode(
+    model: nn.Module,
+) -> str | None:
+    "The mode in which PyTorch compiles `model`, in place or in a wrapper module; None for eager."
+    if uncompiled(model) is not model:
+        return _told_mode(model)
+    wrapper = _wrapper(model)
+    return _modes.get(wrapper, None if wrapper is model else _told_mode(wrapper))
+
+
+def _told_mode(compiled: Callable) -> str:
+    "The mode that what `torch.compile` returned tells of itself; 'default' where it tells nothing, as a copy does."
+    config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
+    if config is None:
+        return "default"
+    options = torch._inductor.list_mode_options()
+    modes = sorted(COMPILE_MODES, key=lambda mode: len(options[mode]), reverse=True)  # 'default' has none
+    return next(mode for mode in modes if options[mode].items() <= config.items())
+
+
+def set_compile_mode(
+    learn: Learner,
+    mode: str | None,  # None: eager
+) -> None:
+    "Compile the model of `learn` in place, or no longer; out of its wrapper, if it was in one of another mode."
+    if mode != compile_mode(learn.model):
+        model = uncompiled(learn.model)
+        _compile_in_place(model, mode)
+        learn.model = model
+
+
+def _compile_in_place(model: nn.Module, mode: str | None) -> None:
+    if mode == compile_mode(model):
+        return
+    if mode is not None:
+        model.compile(mode=mode)
+        if "_compiled_call_impl" in vars(model) and not ismin_torch("2.15"):
+            # there it passes over a module whose `forward` is PyTorch's own, as nn.Sequential, in silence
+            model._compiled_call_impl = torch.compile(_in_own_frame(model._call_impl), mode=mode)
+        _modes[_wrapper(model)] = mode
+        return
+    model.compile(disable=True)
+    vars(model).pop("_compiled_call_impl", None)  # what is left of it: a wrapper that does nothing
+    _modes.pop(model, None)
+
+
+def _in_own_frame(function: Callable) -> Callable:
+    "`function` called from code that PyTorch does not count as its own, which it compiles (pytorch/pytorch#185722)."
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,57 @@
+"What the options of a command or a training script mean: its device, its precision, its numbers."
+
+from math import inf
+from typing import Any
+
+import torch
+from fastai.torch_core import default_device
+
+from channelslast.devices import accelerated_dtypes, amp_mode_of
+
+AMP_MODES = ("auto", "fp16", "bf16", "fp32")
+
+
+class IllegalValue(ValueError):
+    "A value that an option cannot have. Commands say `--name value: why`."
+
+    def __init__(
+        self,
+        name: str,  # of the option
+        value: Any,
+        why: str,  # and what is legal
+    ):
+        super().__init__(f"{name}={value!r}: {why}")
+        self.name, self.value, self.why = name, value, why
+
+
+def find_device(
+    device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; None: fastai's choice
+) -> torch.device:
+    "Return the device of that name; raises `IllegalValue` where there is none."
+    try:
+        found = torch.device(device) if device else default_device()
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise IllegalValue("device", device, str(error).partition("\n")[0]) from None
+    return found
+
+
+def choose_amp_mode(
+    amp_mode: str,  # auto, fp16, bf16 or fp32
+    device: torch.device,
+) -> str | None:
+    "Return the precision in TrainFormat's words; for 'auto' what `device` is fastest at."
+    if amp_mode not in AMP_MODES:
+        raise IllegalValue("amp_mode", amp_mode, f"pass one of {', '.join(AMP_MODES)}")
+    if amp_mode == "auto":
+        return amp_mode_of(next(iter(accelerated_dtypes(device)), None))
+    return None if amp_mode == "fp32" else amp_mode
+
+
+def check_positive(
+    **numbers: float | None,  # options by name; None: not given
+) -> None:
+    "Raise `IllegalValue` for an option that is no number above 0."
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < inf:
+            raise IllegalValue(name, value, "pass a number above 0")
