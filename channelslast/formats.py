@@ -17,7 +17,7 @@ from channelslast.devices import AMPMode, to_amp_mode
 __all__ = ["COMPILE_MODES", "TrainFormat", "to_train_format"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_MAKE_GRAPHS = ("reduce-overhead", "max-autotune")  # with CUDA graphs of their own
+MAKE_GRAPHS = ("reduce-overhead", "max-autotune")  # with CUDA graphs of their own
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainFormat:
             object.__setattr__(self, "amp_mode", mode and mode.value)
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise ValueError(f"compile={self.compile!r} does not exist: pass None or one of {COMPILE_MODES}")
-        if self.cuda_graph and self.compile in _MAKE_GRAPHS:
+        if self.cuda_graph and self.compile in MAKE_GRAPHS:
             raise ValueError(
                 f"cuda_graph=True with compile={self.compile!r}: that mode makes CUDA graphs of its own, pass "
                 "compile='default'"
@@ -84,7 +84,7 @@ def to_train_format(
 def _every_format() -> Iterator[TrainFormat]:
     amp_modes, switch = (None, *(mode.value for mode in AMPMode)), (False, True)
     for values in product(switch, amp_modes, (None, *COMPILE_MODES), switch, switch):
-        if not (values[2] in _MAKE_GRAPHS and values[3]):
+        if not (values[2] in MAKE_GRAPHS and values[3]):
             yield TrainFormat(*values)
 
 

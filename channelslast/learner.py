@@ -20,7 +20,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from channelslast.callback import ChannelsLast, convert_learner
 from channelslast.devices import FP32, AMPMode, to_amp_mode, training_device
-from channelslast.formats import TrainFormat, compile_mode, set_compile_mode, to_train_format, uncompiled
+from channelslast.formats import MAKE_GRAPHS, TrainFormat, compile_mode, set_compile_mode, to_train_format, uncompiled
 from channelslast.graphs import CudaGraph
 from channelslast.memory_format import contiguous_weights, state_to_contiguous, supports_channels_last
 from channelslast.optimizer import FusedOptimizer, check_fused_optimizer
@@ -50,7 +50,7 @@ def to_channelslast(
         meant = f"; as a precision: amp_mode={use_amp!r}" if is_mode else ""
         raise ValueError(f"use_amp={use_amp!r}: pass True or False{meant}")
     mode = to_amp_mode(amp_mode)
-    return self.to_format(TrainFormat(True, mode if use_amp else None, **_python_in_step(self)), **kwargs)
+    return _set_format(self, True, choose_precision(self, mode if use_amp else None, **kwargs))
 
 
 @patch
@@ -63,7 +63,7 @@ def to_contiguous(
     Mixed precision stays as it is, unless `to_fp32=True`.
     """
     if to_fp32:
-        return self.to_format(TrainFormat(False, None, **_python_in_step(self)))
+        return _set_format(self, False, None)
     _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is
     return self
 
@@ -89,10 +89,15 @@ def to_format(
         check_fused_optimizer(self, device)
     precision = choose_precision(self, fmt.amp_mode, **kwargs)
     set_compile_mode(self, fmt.compile)
-    _set_channels_last(self, fmt.channels_last)
     _set_callback(self, CudaGraph, fmt.cuda_graph)
     _set_callback(self, FusedOptimizer, fmt.fused_optimizer)
-    return set_precision(self, precision)
+    return _set_format(self, fmt.channels_last, precision)
+
+
+def _set_format(learn: Learner, channels_last: bool, precision: Callback | None) -> Learner:
+    "Memory format and precision alone, whatever else is on `learn`."
+    _set_channels_last(learn, channels_last)
+    return set_precision(learn, precision)
 
 
 @patch
@@ -125,9 +130,10 @@ def train_format(self: Learner) -> TrainFormat:
 def _python_in_step(learn: Learner) -> dict[str, Any]:
     "The fields of `learn.train_format` that say how much Python there is in a step."
     has = {cls: any(isinstance(cb, cls) for cb in learn.cbs) for cls in (CudaGraph, FusedOptimizer)}
+    mode = compile_mode(learn.model)
     return {
-        "compile": compile_mode(learn.model),
-        "cuda_graph": has[CudaGraph],
+        "compile": mode,
+        "cuda_graph": has[CudaGraph] and mode not in MAKE_GRAPHS,
         "fused_optimizer": has[FusedOptimizer],
     }
 
@@ -225,8 +231,8 @@ def export(
 ) -> None:
     """Export the content of `self` without the items and the optimizer state for inference.
 
-    The file loads where only fastai is: a contiguous model that is not compiled, and no `ChannelsLast` or mixed
-    precision. Call `to_channelslast` or `to_format` on what `load_learner` returns. `self` stays as it is.
+    The file loads where only fastai is: a contiguous model that is not compiled, no mixed precision, and none of this
+    package's callbacks. Call `to_channelslast` or `to_format` on what `load_learner` returns. `self` stays as it is.
     """
     with _as_fastai_has_it(self):
         _export(self, fname, *args, **kwargs)
@@ -257,8 +263,16 @@ def all_batches(self: Learner):
     try:
         _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
-        with ExitStack() as stack:  # all of them, also where one raises
+        with ExitStack() as stack:  # all of them, also where one is interrupted
             for cb in self.cbs:
                 if hasattr(type(cb), "after_exception"):
-                    stack.callback(cb.after_exception, error)
+                    stack.callback(_tell, cb, error)
         raise
+
+
+def _tell(cb: Callback, error: BaseException) -> None:
+    "Show `error` to `cb`. What fails while cleaning up does not take its place."
+    try:
+        cb.after_exception(error)
+    except Exception as another:
+        error.add_note(f"channelslast: {cb.name}.after_exception failed too: {type(another).__name__}: {another}")

@@ -362,3 +362,32 @@ def test_summary_watches_the_model_itself(learn, bf16_cpu, recwarn):
     cbs = list(learn.cbs)
     assert learn.format_summary().layers
     assert list(learn.cbs) == cbs and not [told for told in recwarn if "CUDA graph" in str(told.message)]
+
+
+def test_other_methods_leave_what_the_learner_holds(learn, bf16_cpu):
+    "Whatever it is: what cannot run here was put there by hand."
+    learn.add_cb(CudaGraph())
+    assert learn.to_channelslast(amp_mode="bf16").train_format.cuda_graph
+    assert learn.to_contiguous(to_fp32=True).train_format == TrainFormat(cuda_graph=True)
+
+
+def test_reason_is_kept_until_the_next_fit(learn):
+    learn.add_cb(CudaGraph())
+    with pytest.warns(UserWarning):
+        learn.fit(1)
+    reason = learn.cuda_graph.reason
+    learn.validate()
+    assert reason and learn.cuda_graph.reason == reason
+
+
+def test_error_while_cleaning_up_does_not_replace_the_users(learn):
+    class Fails(Callback):
+        def before_batch(self):
+            raise KeyError("mine")
+
+        def after_exception(self, error):
+            raise RuntimeError("cleanup")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        learn.fit(1, cbs=Fails())
+    assert any("cleanup" in note for note in caught.value.__notes__)

@@ -5,14 +5,15 @@ import gc
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from channelslast.graphs import GraphedModule
-
-pytestmark = pytest.mark.cuda
+from channelslast.graphs.ground import Ground, set_since
+from channelslast.zoo import new_model
 
 
 class Net(nn.Sequential):
@@ -38,8 +39,9 @@ def deterministic(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     yield
-    gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def twins(new=Net):
@@ -85,6 +87,7 @@ def assert_same(first, second):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("zero", ["none", "in place", "said"])
 @pytest.mark.parametrize("n_acc", [1, 2])
@@ -98,6 +101,7 @@ def test_trains_as_eager_to_the_bit(dtype, zero, n_acc):
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_capturing_changes_nothing():
     _, model = twins()
     before = copy.deepcopy(model.state_dict())
@@ -113,6 +117,7 @@ def test_capturing_changes_nothing():
     assert "forward" not in vars(model)
 
 
+@pytest.mark.cuda
 def test_last_short_batch_and_other_sizes_run_as_they_are():
     eager, model = twins()
     graphed = GraphedModule(model)
@@ -122,6 +127,7 @@ def test_last_short_batch_and_other_sizes_run_as_they_are():
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_another_size_that_stays_is_captured():
     eager, model = twins()
     graphed = GraphedModule(model)
@@ -131,6 +137,7 @@ def test_another_size_that_stays_is_captured():
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_few_graphs_are_kept():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -138,6 +145,7 @@ def test_few_graphs_are_kept():
     assert graphed.n_graphs == 4
 
 
+@pytest.mark.cuda
 def test_evaluation_and_no_grad_run_as_they_are():
     eager, model = twins()
     graphed = GraphedModule(model)
@@ -185,6 +193,7 @@ def load(i, model):
         model.load_state_dict({name: value.clone() + 0.01 for name, value in model.state_dict().items()})
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize(
     "between", [freeze_batch_norm, freeze_body, move_weights, replace_weight, replace_module, change_dropout, load]
 )
@@ -197,6 +206,7 @@ def test_change_of_the_model_in_between(between):
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_hook_set_later_is_called():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -245,7 +255,31 @@ class ReplacesBuffer(nn.Module):
         return x + self.mean
 
 
-@pytest.mark.parametrize("part", [Synchronizes, CopiesFromCpu, Counts, DrawsOnCpu, ReplacesBuffer])
+class KeepsState(nn.Module):
+    "A hidden state, as a recurrent network that goes on from batch to batch has."
+
+    def __init__(self):
+        super().__init__()
+        self.h = torch.zeros((), device="cuda")
+
+    def __deepcopy__(self, memo):
+        return KeepsState()
+
+    def forward(self, x):
+        self.h = self.h * 0.9 + x.detach().mean() * 0.1
+        return x + self.h
+
+
+class CountsLater(nn.Module):
+    def forward(self, x):
+        self.n = getattr(self, "n", 0) + 1
+        return x * self.n
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "part", [Synchronizes, CopiesFromCpu, Counts, CountsLater, DrawsOnCpu, ReplacesBuffer, KeepsState]
+)
 def test_model_that_cannot_be_captured_trains_eagerly_with_one_warning(part):
     def new():
         model = Net()
@@ -268,6 +302,7 @@ def test_model_that_cannot_be_captured_trains_eagerly_with_one_warning(part):
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_error_of_the_model_is_its_own():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -284,6 +319,7 @@ class Hungry(nn.Module):
         return x * 1.5
 
 
+@pytest.mark.cuda
 def test_out_of_memory_in_a_capture_runs_eagerly():
     def new():
         model = Net()
@@ -309,6 +345,7 @@ class Interrupts(nn.Module):
         return x
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_interrupt_in_a_capture(at, monkeypatch):
     def new():
@@ -332,6 +369,7 @@ def test_interrupt_in_a_capture(at, monkeypatch):
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_outputs_and_gradients_are_not_overwritten():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -346,6 +384,7 @@ def test_outputs_and_gradients_are_not_overwritten():
     assert not any(torch.equal(a, param.grad) for a, param in zip(grads, model.parameters()))
 
 
+@pytest.mark.cuda
 def test_backward_of_an_earlier_call_is_an_error():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -374,6 +413,7 @@ class Branches(nn.Module):
         return {"a": self.head(a), "more": (self.tied(b), b.detach())}
 
 
+@pytest.mark.cuda
 def test_several_inputs_nested_outputs_unused_and_tied_parameters():
     eager, model = twins(Branches)
     graphed = GraphedModule(model)
@@ -389,6 +429,7 @@ def test_several_inputs_nested_outputs_unused_and_tied_parameters():
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_memory_is_given_back():
     _, model = twins()
     graphed = GraphedModule(model)
@@ -403,6 +444,7 @@ def test_memory_is_given_back():
     assert torch.cuda.memory_reserved() < held
 
 
+@pytest.mark.cuda
 def test_threads_that_pin_memory_do_not_disturb_a_capture():
     eager, model = twins()
     x = torch.randn(64, 3, 16, 16)
@@ -416,6 +458,7 @@ def test_threads_that_pin_memory_do_not_disturb_a_capture():
     assert graphed.n_graphs == 1
 
 
+@pytest.mark.cuda
 def test_compiled_model_is_captured_as_compiled():
     pytest.importorskip("triton")
     _, model = twins()
@@ -440,6 +483,7 @@ class BreaksOffACapture(nn.Module):
         return x * 1.5
 
 
+@pytest.mark.cuda
 def test_capture_that_cuda_breaks_off_leaves_nothing_behind():
     def new():
         model = Net()
@@ -462,22 +506,25 @@ def test_capture_that_cuda_breaks_off_leaves_nothing_behind():
     print(reserved, torch.cuda.memory_reserved())
 
 
+class Keeper:
+    def keep(self, module, inputs, output):
+        self.kept = output
+
+
 class WithHookOfItsOwn(nn.Module):
     "Keeps an activation by a hook, as fastai's U-Net does, and uses it."
 
     def __init__(self):
         super().__init__()
-        self.body, self.head = Net(n_out=8), nn.Linear(8 + 16, 5)
-        self.body[0].register_forward_hook(self.keep)
-
-    def keep(self, module, inputs, output):
-        self.kept = output
+        self.body, self.head, self.keeper = Net(n_out=8), nn.Linear(8 + 16, 5), Keeper()
+        self.body[0].register_forward_hook(self.keeper.keep)
 
     def forward(self, x):
         x = self.body(x)
-        return self.head(torch.cat([x, self.kept.mean((2, 3))], 1))
+        return self.head(torch.cat([x, self.keeper.kept.mean((2, 3))], 1))
 
 
+@pytest.mark.cuda
 def test_hooks_of_the_model_itself_are_captured():
     eager, model = WithHookOfItsOwn().cuda(), WithHookOfItsOwn().cuda()
     model.load_state_dict(eager.state_dict())
@@ -488,6 +535,7 @@ def test_hooks_of_the_model_itself_are_captured():
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_hooks_of_others_train_eagerly():
     eager, model = twins()
     seen = []
@@ -500,6 +548,7 @@ def test_hooks_of_others_train_eagerly():
     assert_same(eager, model)
 
 
+@pytest.mark.cuda
 def test_spectral_and_weight_norm():
     def new():
         model = Net()
@@ -515,3 +564,99 @@ def test_spectral_and_weight_norm():
     assert train(graphed, model, data) == train(eager, eager, data)
     assert graphed.n_graphs == 1 and graphed.reason is None
     assert_same(eager, model)
+
+
+# What graphs rest on, which needs no GPU
+
+
+def change_nothing(model):
+    model(torch.randn(2, 3, 8, 8))
+
+
+def set_attribute(model):
+    model[3].p = 0.1
+
+
+def set_array(model):
+    model[3].p = np.zeros(2)
+
+
+def add_hook(model):
+    model[0].register_forward_pre_hook(lambda *args: None)
+
+
+def to_double(model):
+    model.double()
+
+
+@pytest.mark.parametrize(
+    "change, holds",
+    [
+        (change_nothing, True),
+        (set_attribute, False),
+        (set_array, False),
+        (add_hook, False),
+        (to_double, False),
+        (nn.Module.eval, False),
+        (lambda model: model[0].requires_grad_(False), False),
+        (lambda model: delattr(model[3], "p"), False),
+        (lambda model: model.append(nn.ReLU()), False),
+        (lambda model: setattr(model[9], "weight", nn.Parameter(model[9].weight.detach())), False),
+    ],
+)
+def test_ground_holds_until_something_changes(change, holds):
+    model = Net()
+    ground = Ground(model)
+    change(model)
+    assert ground.holds() is holds and (ground.change() is None) is holds
+
+
+def test_ground_names_the_attribute():
+    model = Net()
+    ground = Ground(model)
+    model[3].p = 0.5
+    assert ground.change() == "`p` of `3`"
+
+
+class SetsInForward(nn.Module):
+    def forward(self, x):
+        self.seen = x
+        return x
+
+
+def attributes_of(model):
+    return [(name, vars(module), dict(vars(module))) for name, module in model.named_modules()]
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        (Net(), None),
+        (nn.Sequential(SetsInForward()), "`seen` of `0`"),
+        (nn.utils.spectral_norm(nn.Conv2d(3, 4, 1)), None),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), None),
+        (WithHookOfItsOwn(), None),
+    ],
+)
+def test_attributes_that_a_forward_pass_sets(module, said):
+    before = attributes_of(module)
+    module(torch.randn(2, 3, 8, 8))
+    assert set_since(before) == said
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "efficientnet_b0", "convnext_pico", "DynamicUnet", "mobilenetv3_small_050"]
+)
+def test_architectures_set_no_attributes(arch):
+    model = new_model(arch, size=64)
+    before = attributes_of(model)
+    model(torch.randn(2, 3, 64, 64))
+    assert set_since(before) is None
+
+
+def test_module_without_a_gpu_runs_as_it_is():
+    model = Net()
+    graphed = GraphedModule(model)
+    with pytest.warns(UserWarning, match="not on one CUDA device"):
+        graphed(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert graphed.n_graphs == 0 and model[0].weight.grad is not None

@@ -16,22 +16,30 @@ class CudaGraph(LeanCallback):
     """Train by replaying CUDA graphs of the model's forward and backward pass, see `GraphedModule`.
 
     Loss, metrics, the scaling of mixed precision, the optimizer and all callbacks run as they are. The graphs, and
-    their memory, are given up when the fit ends.
+    their memory, are given up when the fit ends; after an error outside of its batches, when the next one begins.
     """
 
     order, run_valid = 1000, False  # after all that makes a batch
 
     def __init__(self):
         self.graphed: GraphedModule | None = None
-        self.reason: str | None = None  # why the last fit did not use graphs, or did not go on to
+        self._reason: str | None = None
         self._is_cancelled = False
+
+    @property
+    def reason(self) -> str | None:
+        "Why the fit, or the last one, does not use graphs, or did not go on to; None where it does."
+        return self._reason if self.graphed is None else self.graphed.reason
 
     def before_fit(self):
         self._release()  # of a fit that was interrupted
-        self.reason = None
-        if num_distrib() > 1:
-            self.reason = "in distributed training the processes share gradients during the backward pass"
-            warn(f"No CUDA graph, the model runs as it is: {self.reason}")
+
+    def before_train(self):
+        if self.epoch == 0:
+            self._reason = None
+            if num_distrib() > 1:
+                self._reason = "in distributed training the processes share gradients during the backward pass"
+                warn(f"No CUDA graph, the model runs as it is: {self._reason}")
 
     def before_batch(self):
         self._is_cancelled = False
@@ -48,7 +56,7 @@ class CudaGraph(LeanCallback):
 
     def after_batch(self):
         "fastai has set the gradients to zero, unless the batch was cancelled, as for gradient accumulation."
-        if self.graphed is not None and not self._is_cancelled and _is_own_step_fastais(self.learn):
+        if self.graphed is not None and not self._is_cancelled and _sets_gradients_to_zero(self.learn):
             self.graphed.gradients_are_zero()
 
     def after_exception(self, error: BaseException):
@@ -65,7 +73,7 @@ class CudaGraph(LeanCallback):
 
     def _release(self):
         if self.graphed is not None:
-            self.reason = self.graphed.reason
+            self._reason = self.graphed.reason
             self.graphed.release()
             self.graphed = None
 
@@ -84,7 +92,14 @@ class _OneCall:
         return getattr(vars(self)["graphed"].module, name)
 
 
-def _is_own_step_fastais(learn: Learner) -> bool:
-    "Whether backward pass, step and `zero_grad` follow each other as fastai has them, in no subclass's other way."
-    cls = type(learn)
-    return all(getattr(cls, name) is getattr(Learner, name) for name in ("_do_grad_opt", "_do_one_batch", "one_batch"))
+# As fastai has them: backward pass, step and `zero_grad` follow each other
+_FASTAIS = {name: vars(Learner)[name] for name in ("_do_grad_opt", "_do_one_batch", "one_batch")}
+
+
+def _sets_gradients_to_zero(learn: Learner) -> bool:
+    "Whether a batch that was not cancelled ends with all gradients at zero: nobody has put another way in its place."
+    if any(getattr(type(learn), name) is not own or name in vars(learn) for name, own in _FASTAIS.items()):
+        return False
+    zero_grad = getattr(type(learn.opt), "zero_grad", None)  # an OptimWrapper has none, and leaves no gradients
+    is_known = getattr(zero_grad, "__module__", None) in ("fastai.optimizer", "channelslast.optimizer")
+    return is_known and "zero_grad" not in vars(learn.opt)

@@ -5,7 +5,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from channelslast.errors import raised_in
-from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, name_of
+from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, name_of, set_since
 from channelslast.nested import map_tensors, tensors_in
 
 __all__ = ["Graph", "NotCapturedError", "capture", "in_words"]
@@ -32,10 +32,12 @@ def capture(
 ) -> "Graph":
     "Capture `module` for inputs like these; raises `NotCapturedError`, or what PyTorch or the module raises."
     _check(module, inputs)
-    with _unchanged_by_capture(module, inputs[0].device):
+    device = inputs[0].device
+    before = [(name, vars(submodule), dict(vars(submodule))) for name, submodule in module.named_modules()]
+    with torch.cuda.device(device), _unchanged_by_capture(module, device):
         _warm_up(module, inputs)
         graph = Graph(module, inputs, pool)
-        if changed := ground.change():
+        if changed := ground.change() or set_since(before):
             raise NotCapturedError(f"its forward pass changes {changed} in Python, which a replay would not")
     return graph
 
@@ -56,7 +58,7 @@ class Graph:
 
     def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any):
         params = [param for param in module.parameters() if param.requires_grad]
-        static = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
+        static = tuple(tensor.detach().clone() for tensor in inputs)
         options = {"num_warmup_iters": 1, "allow_unused_input": True, "pool": pool}
         if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
             options["capture_error_mode"] = "thread_local"  # a thread that pins batches in memory may go on
@@ -76,12 +78,12 @@ class Graph:
 
     def replay(
         self,
-        counter: Any,  # with `n_replays`, of all graphs that share their memory
+        owner: Any,  # of all graphs that share their memory, with `n_replays` and `n_writes`
         inputs: tuple[Tensor, ...],
     ) -> Any:
         "What the module returns for `inputs`, to be used before the next replay."
         output = self.graphed(*inputs)
-        copies = iter(_Copies.apply(counter, counter.n_replays, *tensors_in(output)))
+        copies = iter(_Copies.apply(owner, owner.n_writes, *tensors_in(output)))
         return map_tensors(lambda tensor: next(copies), output)
 
 
@@ -115,19 +117,20 @@ class _Copies(torch.autograd.Function):
     "Copies of a replay's outputs, whose backward pass makes sure that no later replay has written over what it needs."
 
     @staticmethod
-    def forward(ctx: Any, counter: Any, n_replays: int, *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.counter, ctx.n_replays = counter, n_replays
+    def forward(ctx: Any, owner: Any, n_writes: int, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner, ctx.n_writes = owner, n_writes
         return tuple(output.clone() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        if ctx.n_replays != ctx.counter.n_replays:
+        if ctx.n_writes != ctx.owner.n_writes:
             raise RuntimeError(
                 "A CUDA graph was replayed, or went backward, since this output was computed, and has overwritten what "
-                "its backward pass needs: call `backward` once, before the next forward pass, or train without "
-                "`cuda_graph`"
+                "its backward pass needs: call `backward` once for all outputs together, before the next forward pass, "
+                "or train without `cuda_graph`"
             )
-        ctx.counter.n_replays += 1
+        ctx.owner.n_replays += 1
+        ctx.owner.n_writes += 1
         return None, None, *grads
 
 
@@ -137,6 +140,8 @@ def _check(module: nn.Module, inputs: tuple) -> None:
         raise NotCapturedError(f"{type(module).__name__} spreads it over several GPUs")
     if not inputs or not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in inputs):
         raise NotCapturedError(f"its inputs are {', '.join(type(x).__name__ for x in inputs) or 'none'}, not tensors")
+    if any(tensor.requires_grad for tensor in inputs):
+        raise NotCapturedError("its inputs take gradients")
     tensors = [*module.parameters(), *module.buffers()]
     devices = {tensor.device for tensor in (*inputs, *tensors)}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
@@ -213,37 +218,43 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 @contextmanager
 def _unchanged_by_capture(module: nn.Module, device: torch.device) -> Iterator[None]:
     "Put back what the forward passes of a capture change, and what a capture that fails leaves behind."
-    attributes = [(vars(submodule), dict(vars(submodule))) for submodule in module.modules()]
-    members = [(owner, dict(owner)) for _, saved in attributes for kind in MEMBERS if (owner := saved.get(kind))]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     gpu_state, stream = torch.cuda.get_rng_state(device), torch.cuda.current_stream(device)
     cpu_states = _cpu_states()
-    is_collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()  # a CUDA graph of before that is freed now would spoil the capture
-    torch.cuda.empty_cache()
-    try:
-        yield
-        if _cpu_states() != cpu_states:
-            raise NotCapturedError("it draws random numbers on the CPU, which a replay would repeat")
-    except BaseException:
-        _leave_capture(stream)
-        raise
-    finally:
-        for owner, saved in (*attributes, *members):
-            for name in owner.keys() - saved.keys():
-                del owner[name]
-            owner.update(saved)
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
-        torch.cuda.set_rng_state(gpu_state, device)
-        random.setstate(cpu_states[0])
-        np.random.set_state(("MT19937", *cpu_states[1]))
-        torch.set_rng_state(torch.tensor(cpu_states[2], dtype=torch.uint8))
-        torch.cuda.empty_cache()  # of the warm-up, which has run in a stream of its own
-        if is_collecting:
-            gc.enable()
+    with ExitStack() as restore:  # from the last to the first, each also where another fails
+        if gc.isenabled():
+            restore.callback(gc.enable)
+        restore.callback(torch.cuda.empty_cache)  # of the warm-up, which has run in a stream of its own
+        restore.callback(random.setstate, cpu_states[0])
+        restore.callback(np.random.set_state, ("MT19937", *cpu_states[1]))
+        restore.callback(torch.set_rng_state, torch.tensor(cpu_states[2], dtype=torch.uint8))
+        restore.callback(torch.cuda.set_rng_state, gpu_state, device)
+        for buffer in module.buffers():
+            restore.callback(_copy_back, buffer, buffer.detach().clone())
+        for attributes in map(vars, module.modules()):
+            restore.callback(_put_back, attributes, dict(attributes))
+            for members in [attributes[kind] for kind in MEMBERS if kind in attributes]:
+                restore.callback(_put_back, members, dict(members))
+        try:
+            gc.collect()
+            gc.disable()  # a CUDA graph of before that is freed now would spoil the capture
+            torch.cuda.empty_cache()
+            yield
+            if _cpu_states() != cpu_states:
+                raise NotCapturedError("it draws random numbers on the CPU, which a replay would repeat")
+        except BaseException:
+            _leave_capture(stream)
+            raise
+
+
+@torch.no_grad()
+def _copy_back(buffer: Tensor, values: Tensor) -> None:
+    buffer.copy_(values)
+
+
+def _put_back(owner: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in owner.keys() - saved.keys():
+        del owner[name]
+    owner.update(saved)
 
 
 def _cpu_states() -> tuple:

@@ -1,15 +1,17 @@
 "What captured CUDA graphs rest on: they may be replayed for as long as none of it changes. PyTorch only."
 
 from operator import attrgetter, is_, itemgetter
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "MEMBERS", "Ground", "name_of"]
+__all__ = ["HOOKS", "MEMBERS", "Ground", "name_of", "set_since"]
 
 # Names of nn.Module's own dictionaries. One that a future PyTorch renames is not looked at; a test of each notices.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MEMBERS = ("_parameters", "_buffers", "_modules")
 _SCALARS = (bool, int, float, str, type(None))
+_MISSING = object()
 
 
 class Ground:
@@ -57,7 +59,7 @@ class Ground:
                 and self._memory() == self.memory
                 and all(get(attributes) == values for attributes, _, get, values in self.plain)
             )
-        except KeyError:  # an attribute is gone
+        except (KeyError, ValueError, RuntimeError):  # an attribute is gone, or an array or tensor now
             return False
 
     def change(self) -> str | None:
@@ -66,9 +68,25 @@ class Ground:
             return None
         for attributes, names, _, values in self.plain:
             for name, value in zip(names, values if len(names) > 1 else [values], strict=True):
-                if name not in attributes or attributes[name] != value:
+                now = attributes.get(name, _MISSING)
+                if not isinstance(now, _SCALARS) or now != value:
                     return f"`{name}` of {name_of(self.names[id(attributes)])}"
         return "its parameters, buffers or modules"
+
+
+def set_since(
+    before: list[tuple[str, dict[str, Any], dict[str, Any]]],  # name, attributes and a copy of them, of each module
+) -> str | None:
+    "An attribute that a forward pass has set, as a hidden state, in words; None where it has set none."
+    for name, now, saved in before:
+        # PyTorch's hooks for a weight set it anew in each forward pass, from what is captured
+        computed = {getattr(hook, "name", None) for hook in now.get("_forward_pre_hooks", {}).values()}
+        for key, value in now.items():
+            if key not in computed and saved.get(key, _MISSING) is not value and not isinstance(value, _SCALARS):
+                return f"`{key}` of {name_of(name)}"
+        if added := now.keys() - saved.keys() - computed:
+            return f"`{min(added)}` of {name_of(name)}"
+    return None
 
 
 def name_of(

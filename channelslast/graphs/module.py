@@ -36,7 +36,8 @@ class GraphedModule:
     Replayed are the GPU's kernels. The module's Python does not run, nor do hooks inside of it. Outputs are copies.
     Gradients lie in the graphs' own memory: the next call overwrites a `.grad` that is None by then, as after
     `zero_grad()`, or said to be zero by `gradients_are_zero`; it copies any other first, so that gradients add up.
-    Each call has one backward pass, before the next call.
+    Each call has one backward pass, for all outputs together, before the next call. What plain objects or lists of the
+    module keep from one call to the next is not looked at.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GraphedModule:
         self.module = module
         self.reason: str | None = None  # why nothing is captured any more
         self.n_replays = 0
+        self.n_writes = 0  # to the memory that the graphs share
         self._graphs: dict[tuple, Graph] = {}  # by the kind of their inputs, the last used one last
         self._recent: deque[tuple] = deque(maxlen=_RECENT)
         self._ground: Ground | None = None
@@ -70,6 +72,7 @@ class GraphedModule:
             return self.module(*inputs)
         self._free_gradients(are_zero)
         self.n_replays += 1
+        self.n_writes += 1
         return graph.replay(self, inputs)
 
     def gradients_are_zero(self) -> None:
@@ -106,6 +109,7 @@ class GraphedModule:
             self._free_gradients(are_zero=False)
             self._graphs.pop(next(iter(self._graphs)))
         graph = None
+        self.n_writes += 1
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._ground = self._ground or Ground(self.module)
