@@ -263,16 +263,8 @@ def all_batches(self: Learner):
     try:
         _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
-        with ExitStack() as stack:  # all of them, also where one is interrupted
+        with ExitStack() as stack:  # all of them, also where one raises
             for cb in self.cbs:
                 if hasattr(type(cb), "after_exception"):
-                    stack.callback(_tell, cb, error)
+                    stack.callback(cb.after_exception, error)
         raise
-
-
-def _tell(cb: Callback, error: BaseException) -> None:
-    "Show `error` to `cb`. What fails while cleaning up does not take its place."
-    try:
-        cb.after_exception(error)
-    except Exception as another:
-        error.add_note(f"channelslast: {cb.name}.after_exception failed too: {type(another).__name__}: {another}")

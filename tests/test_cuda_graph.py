@@ -378,16 +378,3 @@ def test_reason_is_kept_until_the_next_fit(learn):
     reason = learn.cuda_graph.reason
     learn.validate()
     assert reason and learn.cuda_graph.reason == reason
-
-
-def test_error_while_cleaning_up_does_not_replace_the_users(learn):
-    class Fails(Callback):
-        def before_batch(self):
-            raise KeyError("mine")
-
-        def after_exception(self, error):
-            raise RuntimeError("cleanup")
-
-    with pytest.raises(KeyError, match="mine") as caught:
-        learn.fit(1, cbs=Fails())
-    assert any("cleanup" in note for note in caught.value.__notes__)
