@@ -50,7 +50,7 @@ def to_channelslast(
         meant = f"; as a precision: amp_mode={use_amp!r}" if is_mode else ""
         raise ValueError(f"use_amp={use_amp!r}: pass True or False{meant}")
     mode = to_amp_mode(amp_mode)
-    return _set_format(self, True, choose_precision(self, mode if use_amp else None, **kwargs))
+    return self.to_format(TrainFormat(True, mode if use_amp else None, **_python_in_step(self)), **kwargs)
 
 
 @patch
@@ -63,7 +63,7 @@ def to_contiguous(
     Mixed precision stays as it is, unless `to_fp32=True`.
     """
     if to_fp32:
-        return _set_format(self, False, None)
+        return self.to_format(TrainFormat(False, None, **_python_in_step(self)))
     _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is
     return self
 
@@ -82,22 +82,17 @@ def to_format(
     form. Nothing has changed then.
     """
     fmt = to_train_format(fmt)
-    device = training_device(self)
-    if fmt.cuda_graph and device.type != "cuda":
+    device, has = training_device(self), _python_in_step(self)  # what it has already is not asked for
+    if fmt.cuda_graph and not has["cuda_graph"] and device.type != "cuda":
         raise ValueError(f"cuda_graph=True: the Learner trains on the device '{device}', which has no CUDA graphs")
-    if fmt.fused_optimizer:
+    if fmt.fused_optimizer and not has["fused_optimizer"]:
         check_fused_optimizer(self, device)
     precision = choose_precision(self, fmt.amp_mode, **kwargs)
     set_compile_mode(self, fmt.compile)
     _set_callback(self, CudaGraph, fmt.cuda_graph)
     _set_callback(self, FusedOptimizer, fmt.fused_optimizer)
-    return _set_format(self, fmt.channels_last, precision)
-
-
-def _set_format(learn: Learner, channels_last: bool, precision: Callback | None) -> Learner:
-    "Memory format and precision alone, whatever else is on `learn`."
-    _set_channels_last(learn, channels_last)
-    return set_precision(learn, precision)
+    _set_channels_last(self, fmt.channels_last)
+    return set_precision(self, precision)
 
 
 @patch
