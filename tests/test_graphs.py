@@ -34,6 +34,17 @@ class Net(nn.Sequential):
         )
 
 
+def net_with(part):
+    "A function that makes a `Net` with a module of the class `part` in its middle."
+
+    def new():
+        model = Net()
+        model[2] = part()
+        return model
+
+    return new
+
+
 @pytest.fixture(autouse=True)
 def deterministic(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
@@ -281,12 +292,7 @@ class CountsLater(nn.Module):
     "part", [Synchronizes, CopiesFromCpu, Counts, CountsLater, DrawsOnCpu, ReplacesBuffer, KeepsState]
 )
 def test_model_that_cannot_be_captured_trains_eagerly_with_one_warning(part):
-    def new():
-        model = Net()
-        model[2] = part()
-        return model
-
-    eager, model = twins(new)
+    eager, model = twins(net_with(part))
     graphed = GraphedModule(model)
     data = batches(6)
     random.seed(0)
@@ -321,12 +327,7 @@ class Hungry(nn.Module):
 
 @pytest.mark.cuda
 def test_out_of_memory_in_a_capture_runs_eagerly():
-    def new():
-        model = Net()
-        model[2] = Hungry()
-        return model
-
-    eager, model = twins(new)
+    eager, model = twins(net_with(Hungry))
     graphed = GraphedModule(model)
     data = batches(4)
     expected = train(eager, eager, data)
@@ -348,12 +349,7 @@ class Interrupts(nn.Module):
 @pytest.mark.cuda
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_interrupt_in_a_capture(at, monkeypatch):
-    def new():
-        model = Net()
-        model[2] = Interrupts()
-        return model
-
-    eager, model = twins(new)
+    eager, model = twins(net_with(Interrupts))
     data = batches(4)
     monkeypatch.setattr(Interrupts, "n", 5 - at)
     graphed = GraphedModule(model)
@@ -485,12 +481,7 @@ class BreaksOffACapture(nn.Module):
 
 @pytest.mark.cuda
 def test_capture_that_cuda_breaks_off_leaves_nothing_behind():
-    def new():
-        model = Net()
-        model[2] = BreaksOffACapture()
-        return model
-
-    eager, model = twins(new)
+    eager, model = twins(net_with(BreaksOffACapture))
     data = batches(6)
     expected = train(eager, eager, data)
     stream, reserved = torch.cuda.current_stream(), torch.cuda.memory_reserved()
