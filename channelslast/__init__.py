@@ -33,7 +33,8 @@ def _take_the_place_of(theirs: type, ours: type) -> None:
         names = getattr(module, "__dict__", {})
         if names.get(theirs.__name__) is theirs:
             names[theirs.__name__] = ours
-    # Objects of `theirs` may be on Learners already. `pickle` finds a class by name: that under which we import it.
+    # Objects of `theirs` may be on Learners already. `pickle` looks their class up by module and name: from now on
+    # the name under which our module imports it, as `channelslast.callback.FastaiChannelsLast`.
     theirs.__module__, theirs.__qualname__ = ours.__module__, f"Fastai{ours.__name__}"
 
 

@@ -21,7 +21,7 @@ _DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 def accelerated_dtypes(
     device: torch.device | str,  # where the model runs
 ) -> tuple[torch.dtype, ...]:
-    """The half precision dtypes that `device` computes faster than float32, the one to prefer first.
+    """Return the half precision dtypes that `device` computes faster than float32, the one to prefer first.
 
     A CUDA GPU: float16 from compute capability 7.0 (Tensor Cores), bfloat16 from 8.0; every GPU under ROCm. A CPU: what
     its instruction set has arithmetic for (AVX512-BF16, AVX512-FP16, AMX, or Arm's BF16 and FP16). Other devices: what
@@ -45,9 +45,10 @@ def autocast_dtype(
     amp_mode: str | AMPMode,  # the precision asked for, 'fp16', 'bf16' or 'fp32'
     device: torch.device | str,  # where the model runs
 ) -> tuple[torch.dtype | None, str]:
-    """The dtype in which to autocast on `device`, None for no autocast, and why it is not the one asked for, else ''.
+    """Return the dtype in which to autocast on `device`, and why it is not the one asked for, else ''.
 
-    Raises `ValueError` where only the caller can choose: bfloat16 on a CUDA GPU without it.
+    The dtype is None for no autocast. The reason is a sentence to warn with. Raises `ValueError` where only the caller
+    can choose: bfloat16 on a CUDA GPU without it.
     """
     amp_mode, device = to_amp_mode(amp_mode), torch.device(device)
     if amp_mode is None:
@@ -68,9 +69,9 @@ def autocast_dtype(
 def training_device(
     learn: Learner,
 ) -> torch.device:
-    "The device on which the next fit of `learn` trains: that of its DataLoaders, to which fastai moves the model."
+    "Return the device on which the next fit of `learn` trains: that of its DataLoaders, where fastai moves the model."
     device = None
-    if any(isinstance(cb, TrainEvalCallback) for cb in learn.cbs):
+    if any(isinstance(cb, TrainEvalCallback) for cb in learn.cbs):  # the callback that moves the model
         device = getattr(learn.dls, "device", default_device())
     if device is None:
         device = next((param.device for param in learn.model.parameters()), "cpu")
@@ -80,7 +81,7 @@ def training_device(
 def to_amp_mode(
     amp_mode: str | AMPMode,  # 'fp16' or 'bf16'; 'fp32' for float32
 ) -> AMPMode | None:
-    "`amp_mode` as an `AMPMode`, None for 'fp32'; a `ValueError` that lists the legal ones if it is none."
+    "Return `amp_mode` as an `AMPMode`, None for 'fp32'; raises a `ValueError` that lists the legal ones for any other."
     if amp_mode == FP32:
         return None
     try:
@@ -96,7 +97,7 @@ def to_amp_mode(
 def amp_mode_of(
     dtype: torch.dtype | None,  # in which to autocast, None for no autocast
 ) -> str | None:
-    "The name of the precision: 'fp16', 'bf16', or None for float32."
+    "Return the name of the precision: 'fp16', 'bf16', or None for float32."
     return next((mode.value for mode in AMPMode if _DTYPES[mode] is dtype), None)
 
 
@@ -123,7 +124,9 @@ def _cpu_features() -> set[str]:
 def device_name(
     device: torch.device,
 ) -> str:
-    "What a record calls `device`: the GPU's name, or the CPU with its threads."
+    "Return what a record calls `device`: the GPU's name, or the CPU with its threads."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    return str(device)

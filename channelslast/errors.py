@@ -9,7 +9,7 @@ def raised_in(
     error: BaseException,
     model: nn.Module,
 ) -> str | None:
-    "The dotted name of the innermost module of `model` whose code `error` came through; None if it came through none."
+    "Return the dotted name of the innermost module of `model` whose code `error` came through; None if of none."
     names = {id(module): name for name, module in model.named_modules()}
     found, traceback = None, error.__traceback__
     while traceback is not None:

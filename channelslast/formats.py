@@ -17,7 +17,7 @@ from channelslast.devices import AMPMode, to_amp_mode
 __all__ = ["COMPILE_MODES", "TrainFormat", "to_train_format"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-MAKE_GRAPHS = ("reduce-overhead", "max-autotune")  # with CUDA graphs of their own
+MAKE_GRAPHS = ("reduce-overhead", "max-autotune")  # those that make CUDA graphs of their own
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class TrainFormat:
 def to_train_format(
     fmt: TrainFormat | str,  # a str is what a TrainFormat prints, as 'channels last bf16'
 ) -> TrainFormat:
-    "`fmt` as a TrainFormat; `TypeError` if it is neither, `ValueError` with names that are close for another text."
+    "Return `fmt` as a TrainFormat; raises `TypeError`, or `ValueError` for a str that no TrainFormat prints."
     if isinstance(fmt, TrainFormat):
         return fmt
     if not isinstance(fmt, str):
         raise TypeError(f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(True, 'fp16'), or what it prints")
-    legal = {str(made): made for made in _every_format()}
+    legal = {str(each): each for each in _every_format()}
     words = " ".join(fmt.split())
     if words not in legal:
         close = difflib.get_close_matches(words, legal, n=3) or list(legal)[:3]
@@ -83,9 +83,11 @@ def to_train_format(
 
 def _every_format() -> Iterator[TrainFormat]:
     amp_modes, switch = (None, *(mode.value for mode in AMPMode)), (False, True)
-    for values in product(switch, amp_modes, (None, *COMPILE_MODES), switch, switch):
-        if not (values[2] in MAKE_GRAPHS and values[3]):
-            yield TrainFormat(*values)
+    for channels_last, amp_mode, mode, graph, fused in product(
+        switch, amp_modes, (None, *COMPILE_MODES), switch, switch
+    ):
+        if not (graph and mode in MAKE_GRAPHS):
+            yield TrainFormat(channels_last, amp_mode, mode, graph, fused)
 
 
 # The mode of each wrapper with which `to_format` compiled a module. A pickled or deep-copied module has none.
@@ -95,34 +97,40 @@ _modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def uncompiled(
     model: nn.Module,
 ) -> nn.Module:
-    "The module in the wrapper that `torch.compile(model)` returns; any other `model` itself."
+    "Return the module inside `model` if it is the wrapper that `torch.compile` returns, else `model`."
     if type(model).__module__.startswith("torch._dynamo."):  # the class has no public name
         (model,) = model.children()
     return model
 
 
 def _wrapper(model: nn.Module) -> Any:
-    "PyTorch's wrapper around a module that is compiled in place; without one, or without its name, the module itself."
+    """Return what PyTorch calls for a module that is compiled in place.
+
+    The module itself where it is not compiled, or where PyTorch has renamed the private attribute.
+    """
     return getattr(model, "_compiled_call_impl", None) or model
 
 
 def compile_mode(
     model: nn.Module,
 ) -> str | None:
-    "The mode in which PyTorch compiles `model`, in place or in a wrapper module; None for eager."
+    "Return the mode in which PyTorch compiles `model`, in place or in a wrapper module; None for eager."
     if uncompiled(model) is not model:
-        return _told_mode(model)
+        return _configured_mode(model)
     wrapper = _wrapper(model)
-    return _modes.get(wrapper, None if wrapper is model else _told_mode(wrapper))
+    if wrapper in _modes:
+        return _modes[wrapper]
+    return None if wrapper is model else _configured_mode(wrapper)
 
 
-def _told_mode(compiled: Callable) -> str:
-    "The mode that what `torch.compile` returned tells of itself; 'default' where it tells nothing, as a copy does."
+def _configured_mode(compiled: Callable) -> str:
+    "Return the mode that what `torch.compile` returned tells of itself; 'default' where it tells none, as a copy."
     config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
     if config is None:
         return "default"
     options = torch._inductor.list_mode_options()
-    modes = sorted(COMPILE_MODES, key=lambda mode: len(options[mode]), reverse=True)  # 'default' has none
+    # The mode with the most options first: 'default' has none, which any configuration contains
+    modes = sorted(COMPILE_MODES, key=lambda mode: len(options[mode]), reverse=True)
     return next(mode for mode in modes if options[mode].items() <= config.items())
 
 
@@ -130,7 +138,7 @@ def set_compile_mode(
     learn: Learner,
     mode: str | None,  # None: eager
 ) -> None:
-    "Compile the model of `learn` in place, or no longer; out of its wrapper, if it was in one of another mode."
+    "Compile the model of `learn` in place in `mode`, or no longer; a wrapper module of another mode is taken off."
     if mode != compile_mode(learn.model):
         model = uncompiled(learn.model)
         _compile_in_place(model, mode)
@@ -143,7 +151,7 @@ def _compile_in_place(model: nn.Module, mode: str | None) -> None:
     if mode is not None:
         model.compile(mode=mode)
         if "_compiled_call_impl" in vars(model) and not ismin_torch("2.15"):
-            # there it passes over a module whose `forward` is PyTorch's own, as nn.Sequential, in silence
+            # before 2.15 PyTorch leaves a module whose `forward` is its own, as nn.Sequential, eager without a word
             model._compiled_call_impl = torch.compile(_in_own_frame(model._call_impl), mode=mode)
         _modes[_wrapper(model)] = mode
         return
@@ -153,7 +161,7 @@ def _compile_in_place(model: nn.Module, mode: str | None) -> None:
 
 
 def _in_own_frame(function: Callable) -> Callable:
-    "`function` called from code that PyTorch does not count as its own, which it compiles (pytorch/pytorch#185722)."
+    "Return a function that calls `function`: of code that is not its own, PyTorch compiles (pytorch/pytorch#185722)."
 
     def call(*args, **kwargs):
         return function(*args, **kwargs)

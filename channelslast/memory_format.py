@@ -37,24 +37,24 @@ UNRELIABLE_DEVICES = {"mps"}
 def get_memory_format(
     tensor: Tensor,  # of any rank
 ) -> torch.memory_format:
-    """The memory format in which PyTorch's operators read `tensor`.
+    """Return the memory format in which PyTorch's operators read `tensor`.
 
-    Operators decide by strides alone, so a tensor whose values lie the same way in two formats (one channel, a 1x1
-    kernel) still is in one of them, whatever `is_contiguous` answers. Returns `torch.channels_last` (4D),
-    `torch.channels_last_3d` (5D), or `torch.contiguous_format` for everything else, tensors of other ranks and
-    arbitrary strides included. The rule is that of `suggest_memory_format` in PyTorch's `c10/core/MemoryFormat.h`.
+    That is `torch.channels_last` (4D), `torch.channels_last_3d` (5D), or `torch.contiguous_format` for everything else,
+    tensors of other ranks and arbitrary strides included. Operators decide by strides alone, so a tensor whose values
+    lie the same way in two formats (one channel, a 1x1 kernel) still is in one of them, whatever `is_contiguous`
+    answers. The rule is that of `suggest_memory_format` in PyTorch's `c10/core/MemoryFormat.h`.
     """
     check_type("tensor", tensor, Tensor)
     order = _INNERMOST_FIRST.get(tensor.ndim)
     if order is None or tensor.layout != torch.strided or tensor.stride(1) == 0:
         return torch.contiguous_format
-    smallest = 0
+    least_stride = 0  # that the next dimension can have, all inside it being dense
     for dim in order:
         size, stride = tensor.size(dim), tensor.stride(dim)
-        # A batch stride equal to the channel stride is N111: PyTorch reads it as contiguous.
-        if size == 0 or stride < smallest or (dim == 0 and smallest == tensor.stride(1)):
+        # At the batch it is the channel stride only in the shape (N, 1, 1, 1), which PyTorch reads as contiguous
+        if size == 0 or stride < least_stride or (dim == 0 and least_stride == tensor.stride(1)):
             return torch.contiguous_format
-        smallest = stride * size if size > 1 else stride
+        least_stride = stride * size if size > 1 else stride
     return CHANNELS_LAST[tensor.ndim]
 
 
@@ -77,7 +77,7 @@ def to_memory_format(
     channels_last: bool = True,  # False: contiguous
     ndims: Collection[int] = (4, 5),  # convert tensors of these ranks alone
 ) -> Any:
-    """`batch` with its 4D and 5D tensors in channels last (or contiguous) format.
+    """Return `batch` with its 4D and 5D tensors in channels last (or contiguous) format.
 
     Tensors in that format already, tensors of other ranks and everything that is no tensor come back as they are,
     and so does a container in which nothing changed, or whose class cannot be made from its items. Subclasses of
@@ -90,7 +90,7 @@ def to_memory_format(
 def state_to_contiguous(
     state: Any,  # a `state_dict` of a module or optimizer, or anything nested
 ) -> Any:
-    "`state` with its 4D and 5D tensors in contiguous format; those that share memory, as tied weights, still do."
+    "Return `state` with its 4D and 5D tensors contiguous; those that share memory, as tied weights, still do."
     converted: dict[tuple, Tensor] = {}
     return map_tensors(lambda tensor: _convert_once(tensor, False, converted), state)
 
@@ -98,18 +98,18 @@ def state_to_contiguous(
 def batch_to_contiguous(
     batch: Any,  # a tensor, or tensors nested in any way
 ) -> Any:
-    "`batch` with its tensors, of any rank, contiguous."
+    "Return `batch` with its tensors, of any rank, contiguous."
     return map_tensors(_to_contiguous, batch)
 
 
 def _convert(tensor: Tensor, channels_last: bool) -> Tensor:
-    "`tensor` in the format asked for; `tensor` itself where its rank has none or its strides already are."
+    "Return `tensor` in the format asked for; itself where its rank has no such format, or its strides are right."
     if tensor.layout != torch.strided or tensor.is_nested or tensor.ndim not in CHANNELS_LAST or tensor.numel() == 0:
         return tensor
     memory_format = CHANNELS_LAST[tensor.ndim] if channels_last else torch.contiguous_format
-    # `to` goes by the format that operators read, `contiguous` by gaps and by strides that are in neither format
+    # `to` copies what operators read in the other format, `contiguous` what has gaps or strides of neither format
     new = tensor.to(memory_format=memory_format).contiguous(memory_format=memory_format)
-    # N111 has one set of strides, of which `to` makes a copy each time
+    # The shape (N, 1, 1, 1) has the same strides in both formats, and `to` copies it each time
     return tensor if new.stride() == tensor.stride() else _like(new, tensor)
 
 
@@ -121,7 +121,7 @@ def _to_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Tensor]) -> Tensor:
-    "`_convert`, the same result for tensors that are one and the same piece of memory."
+    "Call `_convert`, once for all tensors that are one and the same piece of memory."
     if tensor.data_ptr() == 0:  # no memory of its own: empty, on the meta device, or a subclass that wraps tensors
         return _convert(tensor, channels_last)
     memory = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
@@ -133,7 +133,7 @@ def _convert_once(tensor: Tensor, channels_last: bool, converted: dict[tuple, Te
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
-    "`new` with the tensor subclass and the attributes of `old`."
+    "Return `new` with the tensor subclass and the attributes of `old`."
     if type(new) is not type(old) and type(old) is not nn.Parameter:
         new = new.as_subclass(type(old))
     for name, value in vars(old).items():
@@ -144,21 +144,21 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
 def has_lazy_parameters(
     module: nn.Module,
 ) -> bool:
-    "Whether `module` has parameters that get their shape in the first forward pass, and a memory format only then."
+    "Whether `module` has parameters without a shape, and so without a memory format, until its first forward pass."
     return any(is_lazy(param) for param in module.parameters())
 
 
 def module_ndims(
     module: nn.Module,
 ) -> set[int]:
-    "The ranks, of 4 and 5, that `module` has parameters or buffers of: those that a memory format says something of."
+    "Return which of the ranks 4 and 5, those with a channels last format, parameters and buffers of `module` have."
     return {tensor.ndim for tensor in _tensors(module) if tensor.ndim in CHANNELS_LAST}
 
 
 def conv_ndims(
     module: nn.Module,
 ) -> set[int]:
-    """The ranks, of 4 and 5, that `module` has convolution weights of: those its inputs gain from being converted in.
+    """Return which of the ranks 4 and 5 convolution weights of `module` have: inputs of these gain from channels last.
 
     A convolution is one of PyTorch's classes, or any module with a 4D or 5D parameter called `weight`.
     """
@@ -183,13 +183,13 @@ def module_to_memory_format(
     """Put the 4D and 5D parameters and buffers of `module` in channels last (or contiguous) format, in place.
 
     Gradients follow. Parameters and buffers stay the same objects, so optimizers still hold them, and those that
-    share their memory still do: tied weights are converted as one; two that overlap in another way, as a parameter and
-    a slice of it, stay as they are. Returns `module`. Unlike `module.to(memory_format=torch.channels_last)` it takes
-    models with 5D weights too, which go to `torch.channels_last_3d`.
+    share their memory still do: tied weights are converted once, and two that overlap in another way, as a parameter
+    and a slice of it, stay as they are. Unlike `module.to(memory_format=torch.channels_last)` it takes models with 5D
+    weights too, which go to `torch.channels_last_3d`. Returns `module`.
     """
     check_type("module", module, nn.Module)
     check_type("channels_last", channels_last, bool)
-    for tensor, data in _converted(module, channels_last):
+    for tensor, data in _with_new_data(module, channels_last):
         tensor.data = data
         if isinstance(tensor, nn.Parameter):
             match_strides(tensor.grad, tensor)
@@ -201,10 +201,10 @@ def contiguous_weights(
     module: nn.Module,
 ) -> Iterator[None]:
     "Parameters and buffers of `module` are contiguous inside, and lie in the memory that they had again after it."
-    converted = list(_converted(module, channels_last=False))
-    before = [(tensor, tensor.data) for tensor, _ in converted]
+    tensors = list(_with_new_data(module, channels_last=False))
+    before = [(tensor, tensor.data) for tensor, _ in tensors]
     try:
-        for tensor, data in converted:
+        for tensor, data in tensors:
             tensor.data = data
         yield
     finally:
@@ -212,8 +212,8 @@ def contiguous_weights(
             tensor.data = data
 
 
-def _converted(module: nn.Module, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    "The 4D and 5D parameters and buffers of `module`, each with the data to give it."
+def _with_new_data(module: nn.Module, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    "Yield the 4D and 5D parameters and buffers of `module`, each with the data to give it."
     tensors = _tensors(module)
     entangled = _entangled(tensors)
     converted: dict[tuple, Tensor] = {}
@@ -224,9 +224,9 @@ def _converted(module: nn.Module, channels_last: bool) -> Iterator[tuple[Tensor,
 
 
 def _entangled(tensors: Iterable[Tensor]) -> set[int]:
-    """The `id` of each tensor whose memory overlaps that of another which lies differently in it, as a slice does.
+    """Return the `id` of each tensor that shares memory with one of another shape, strides or dtype, as a slice.
 
-    Goes by the first and the last byte of each, so the even and the odd channels of a tensor count as overlapping.
+    Two share memory if their ranges of bytes overlap, so the even and the odd channels of a tensor do.
     """
     views: dict[tuple, list[int]] = {}  # tied weights are one and the same view
     for tensor in tensors:
@@ -241,16 +241,16 @@ def _entangled(tensors: Iterable[Tensor]) -> set[int]:
     furthest = None  # of the views so far, the one that ends last
     for view in sorted(views):
         device, start, end = view[:3]
-        is_first = furthest is None or furthest[0] != device
-        if not is_first and start < furthest[2]:
+        is_first_there = furthest is None or furthest[0] != device
+        if not is_first_there and start < furthest[2]:
             found |= {view, furthest}
-        if is_first or end > furthest[2]:
+        if is_first_there or end > furthest[2]:
             furthest = view
     return {tensor_id for view in found for tensor_id in views[view]}
 
 
 def match_strides(
-    tensor: Tensor | None,  # a gradient or optimizer state of `param`; of another shape, it stays as it is
+    tensor: Any,  # a gradient or optimizer state of `param`; one of another shape, or no tensor, stays as it is
     param: Tensor,
 ) -> None:
     "Give `tensor` the strides of `param`, in place."
@@ -280,7 +280,7 @@ def optimizer_to_memory_format(
 def with_wrapped(
     optimizer: Any,  # or None
 ) -> Iterator[Any]:
-    "`optimizer` and those that it wraps as its attribute `opt`, as fastai's Lookahead and OptimWrapper do."
+    "Yield `optimizer`, and those that it wraps as its attribute `opt`, as fastai's Lookahead and OptimWrapper do."
     while optimizer is not None:
         yield optimizer
         optimizer = vars(optimizer).get("opt")

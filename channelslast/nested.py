@@ -1,4 +1,4 @@
-"The tensors in what a model takes and returns, nested in any way. PyTorch only."
+"The tensors in what a model takes and returns, nested in any way; and a check of argument types. PyTorch only."
 
 import copy
 from array import array
@@ -10,14 +10,17 @@ from torch import Tensor
 
 __all__ = ["check_type", "map_tensors", "tensors_in"]
 
-_ARRAYS = (array, bytearray, memoryview)  # sequences of numbers, which may be long
+_ARRAYS = (array, bytearray, memoryview)  # sequences of numbers alone, which may be long
 
 
 def map_tensors(
     function: Callable[[Tensor], Tensor],
     batch: Any,  # a tensor, or tuples, lists and dicts of tensors, nested in any way
 ) -> Any:
-    "`batch` with `function` applied to its tensors; the same containers where nothing changed."
+    """Return `batch` with `function` applied to its tensors, in new containers where one changed.
+
+    A container without changes comes back itself, and so does one whose class cannot be made from items.
+    """
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -37,12 +40,12 @@ def map_tensors(
 def tensors_in(
     values: Any,  # a tensor, or tuples, lists, dicts and dataclasses of tensors, nested in any way
 ) -> list[Tensor]:
-    "The tensors in `values`, in their order."
+    "Return the tensors in `values`, in their order."
     return list(_iter_tensors(values, ()))
 
 
 def _iter_tensors(values: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
-    "Those in `values`, which lies in the containers with the ids `around`."
+    "Yield the tensors in `values`, which lies in the containers with the ids `around`."
     if isinstance(values, Tensor):
         yield values
         return
@@ -61,14 +64,14 @@ def _iter_tensors(values: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 def _is_walked(batch: Any) -> bool:
-    "Whether `batch` is a sequence in which to look for tensors: a tuple, or one that takes items, as a text does not."
+    "Whether to look for tensors in `batch`: in a tuple, or a sequence whose items can be set, as a str's cannot."
     if isinstance(batch, tuple):
         return True
     return isinstance(batch, Sequence) and hasattr(batch, "__setitem__") and not isinstance(batch, _ARRAYS)
 
 
 def _replace_items(batch: Any, changed: dict[Any, Any]) -> Any:
-    "A container as `batch`, with the items in `changed`; `batch` itself where its class cannot be made from items."
+    "Return a container like `batch` with the items in `changed`; `batch` if its class cannot be made from items."
     if isinstance(batch, tuple) and hasattr(batch, "_replace"):  # a named tuple
         return batch._replace(**{batch._fields[i]: item for i, item in changed.items()})
     try:
@@ -80,7 +83,7 @@ def _replace_items(batch: Any, changed: dict[Any, Any]) -> Any:
         if isinstance(batch, Mapping):
             return type(batch)({**batch, **changed})
         return type(batch)([changed.get(i, item) for i, item in enumerate(batch)])
-    except Exception:  # of a class of the user's, whose constructor takes something else
+    except Exception:  # a class of the user's, whose constructor takes something else
         return batch
 
 
@@ -89,7 +92,7 @@ def check_type(
     value: Any,
     cls: type,
 ) -> None:
-    "Raise a `TypeError` that names the argument. (A memory format in the place of a bool would be taken for True.)"
+    "Raise a `TypeError` that names the argument if `value` is no `cls`. (`torch.channels_last` would pass for True.)"
     if not isinstance(value, cls):
         legal = "True or False" if cls is bool else f"a {cls.__name__}"
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")

@@ -14,14 +14,14 @@ __all__ = ["format_of", "images_in"]
 def images_in(
     values: Any,  # as `tensors_in` takes them
 ) -> list[Tensor]:
-    "The 4D and 5D tensors in `values`, but for nested ones, which have no shape."
+    "Return the 4D and 5D tensors in `values`, but for nested ones, which have no shape."
     return [tensor for tensor in tensors_in(values) if tensor.ndim in CHANNELS_LAST and not tensor.is_nested]
 
 
 def format_of(
     tensor: Tensor,  # of any rank
 ) -> str | None:
-    """Whether a 4D or 5D tensor is in 'channels last' or in 'contiguous' format, by its strides.
+    """Return whether a 4D or 5D tensor is in 'channels last' or in 'contiguous' format, by its strides.
 
     None where that makes no difference or cannot be told: for other ranks, for tensors that are in both formats at
     once (one channel, 1x1 pixels, no elements), expanded ones (a stride of 0), sparse and nested ones, and inside
@@ -35,7 +35,7 @@ def format_of(
     if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
         return None
     try:
-        # unlike `is_channels_last`, whatever the stride of a batch of one, which says nothing
+        # unlike `is_channels_last` it ignores the batch stride of a batch of one, which says nothing
         is_dense = tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.ndim])
     except RuntimeError:  # inside `torch.vmap`
         return None
