@@ -1,7 +1,6 @@
 "`ChannelsLast`: the callback that trains in channels last."
 
 from functools import partial
-from warnings import warn
 
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.learner import Learner
@@ -51,7 +50,6 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
     # Here, and not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
     is_on = has_lazy = False
     input_ndims, hooks = (), ()
-    told = frozenset()
 
     def before_fit(self):
         device = training_device(self.learn)
@@ -61,9 +59,9 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
         has_ndims = bool(module_ndims(self.model) or self.input_ndims)
         self.is_on = reliable and has_ndims
         if not reliable:
-            self._warn_once(f"channels last is not reliable on the device '{device}': training in contiguous format")
+            self.warn_once(f"channels last is not reliable on the device '{device}': training in contiguous format")
         elif not has_ndims and not self.has_lazy:
-            self._warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
+            self.warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
         if has_ndims:
             convert_learner(self.learn, channels_last=reliable)
         self.remove_hooks()  # those of a fit that was interrupted
@@ -88,11 +86,6 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
     def _keep_format(self):
         if self.is_on:
             convert_learner(self.learn, channels_last=True)
-
-    def _warn_once(self, message: str):
-        if message not in self.told:
-            self.told |= {message}
-            warn(message)
 
     def before_batch(self):
         if self.input_ndims:

@@ -1,6 +1,7 @@
-"What the callbacks share: which events they are asked for, what ends a fit, and what is left of a batch then."
+"What the callbacks share: which events they are called for, warnings, what ends a fit and what is left of a batch."
 
 from typing import Any
+from warnings import warn
 
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException, CancelValidException
 from fastai.learner import Learner
@@ -18,6 +19,8 @@ class LeanCallback(Callback):
     model too where the callback has none.
     """
 
+    warned = frozenset()  # not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
+
     def __call__(
         self,
         event_name: str,
@@ -26,15 +29,27 @@ class LeanCallback(Callback):
         if hasattr(type(self), event_name) or event_name == "after_fit":  # after which fastai sets `run` again
             return super().__call__(event_name)
 
+    def warn_once(
+        self,
+        message: str,
+    ) -> None:
+        "Warn, unless this callback has said so before."
+        if message not in self.warned:
+            self.warned |= {message}
+            warn(message)
+
 
 class FitDone(BaseException):
-    "Ends a fit without the events that follow one, for none was made. (fastai rewrites an `Exception` of a callback.)"
+    """Ends a fit that only measures, without the events that follow a fit.
+
+    No `Exception`, for fastai replaces one that a callback raises.
+    """
 
 
 def drop_gradients(
     learn: Learner,
-    error: BaseException,  # that has left the loop over batches
+    error: BaseException,  # which has ended the loop over batches
 ) -> None:
-    "Zero the gradients of a batch that was never stepped, if `error` ends the fit: the next one would add to them."
+    "Zero the gradients of a batch without a step, if `error` ends the fit: the next fit would add to them."
     if learn.training and learn.opt is not None and not isinstance(error, FIT_GOES_ON):
         learn.opt.zero_grad()

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
-from warnings import warn
 
 import torch
 from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
@@ -49,7 +48,6 @@ class FusedOptimizer(LeanCallback):
     def __init__(self):
         super().__init__()
         self.seen_opt = None
-        self.told = set()
 
     def before_step(self):
         opt = self.learn.opt
@@ -58,11 +56,10 @@ class FusedOptimizer(LeanCallback):
         self.after_train()  # another optimizer than at the last step
         self.seen_opt = opt
         why = why_not_fused(opt)
-        if not why:
+        if why:
+            self.warn_once(f"{why}: training with its plain step")
+        else:
             fuse(opt)
-        elif why not in self.told:
-            self.told.add(why)
-            warn(f"{why}: training with its plain step")
 
     def after_train(self):
         opt, self.seen_opt = self.seen_opt, None

@@ -37,7 +37,6 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     # Here, and not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
     entered = ()
-    told = frozenset()
     loss_copy = None
 
     __signature__ = None  # not that of fastai's class, but of:
@@ -67,9 +66,8 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
         dtype, why = autocast_dtype(self.amp_mode, device)
         if dtype is not torch.float16 and self.amp_mode is AMPMode.FP16 and self.kwargs:
             why += f"; without effect there: {', '.join(self.kwargs)}"
-        if why and why not in self.told:
-            self.told |= {why}
-            warn(why)
+        if why:
+            self.warn_once(why)
         return dtype
 
     def before_fit(self):

@@ -942,7 +942,7 @@ class UsersChannelsLast(ChannelsLast):
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_callback_comes_back_from_a_pickle_with_its_class_and_attributes(cls, protocol):
     cb = cls()
-    cb.told |= {"a warning"}
+    cb.warned |= {"a warning"}
     loaded = pickle.loads(pickle.dumps(cb, protocol))
     assert type(loaded) is cls and all(vars(loaded)[name] == value for name, value in vars(cb).items())
 
