@@ -35,7 +35,7 @@ def foreach(
     *args: Any,  # of the method: lists of one for each tensor, or the same for all
     **kwargs: Any,
 ) -> Any:
-    "Call the method `name` of all `tensors`, in one kernel where PyTorch has it."
+    "Call the method `name` of all `tensors`, in one kernel if PyTorch has one; return the results in a list."
     function = getattr(torch, f"_foreach_{name}", None)
     if function is not None:
         return function(tensors, *args, **kwargs)
@@ -58,7 +58,8 @@ class _Call:
     params: list[Tensor] = field(default_factory=list)  # of `.data`: as with fastai, its version does not change
     grads: list[Tensor] = field(default_factory=list)
     averages: tuple[list[Tensor], ...] = ()
-    steps: list[Tensor] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)  # steps made so far, of each parameter
+    steps: list[Tensor] = field(default_factory=list)  # the same on the device, where the kernel counts on
 
 
 def _adam(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple_wd: bool) -> None:
@@ -84,9 +85,9 @@ def _adam(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple
 def _sgd(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple_wd: bool) -> None:
     lr, wd, momentum = float(hyper["lr"]), float(hyper["wd"]) if call.do_wd else 0.0, 0.0
     if call.averages:
-        # where it is 0, the kernel would write no average, as fastai does; 1e-300 times an average is 0 too
+        # fastai writes the average also if momentum is 0, the kernel would not; 1e-300 times an average is 0 too
         momentum = float(hyper["mom"]) or 1e-300
-        if decouple_wd and wd != 0:  # without momentum, true weight decay is what the kernel does
+        if decouple_wd and wd != 0:  # without momentum both kinds of weight decay are the kernel's
             if found_inf is None:
                 # a tensor, for the CPU rounds a number to half precision with the parameters
                 factor = torch.tensor(1 - lr * wd, dtype=torch.float64)
@@ -114,12 +115,12 @@ class _Form:
     cbs: list[Any]  # what `_keys` makes of the steps of fastai's that it is the form of
     kernel: Callable  # makes the step of a `_Call`
     averages: tuple[str, ...]  # names in the state of a parameter
-    hypers: set[str]  # names
+    hypers: set[str]  # names of the hyperparameters that it needs
     counts_steps: bool = False
 
 
 def _keys(cbs: Iterable[Callable]) -> list[Any]:
-    "What tells the steps of one optimizer from those of another: the functions, and what `partial` gives them."
+    "Return what tells the steps of one optimizer from those of another: functions, and what `partial` gives them."
     return [(cb.func, cb.args, cb.keywords) if isinstance(cb, partial) else cb for cb in cbs]
 
 
@@ -141,7 +142,7 @@ def _forms(decay: Callable) -> list[_Form]:
 
 _FORMS = [*_forms(weight_decay), *_forms(l2_reg)]
 
-# Fastai's steps take them from the state of a parameter, and from the hyperparameters before that
+# What a kernel takes from the state of a parameter; to fastai's steps a hyperparameter of the same name goes first
 _FROM_STATE = {"dampening", "do_wd", "grad_avg", "sqr_avg", "step"}
 
 
@@ -153,7 +154,7 @@ def _form_of(opt: Optimizer) -> _Form | None:
 def why_no_kernel(
     opt: Optimizer,
 ) -> str:
-    "Why no fused kernel makes the steps of `opt`, '' if one does."
+    "Return why no fused kernel makes the steps of `opt`, '' if one does."
     form = _form_of(opt)
     if form is None:
         return f"no kernel makes the steps {names_of(opt.cbs)}"
@@ -168,7 +169,7 @@ def why_no_kernel(
 def names_of(
     cbs: Iterable[Callable],  # of an optimizer
 ) -> str:
-    "The names of `cbs`, in a list."
+    "Return the names of `cbs`, with commas in between."
     functions = [cb.func if isinstance(cb, partial) else cb for cb in cbs]
     return ", ".join(getattr(function, "__name__", type(function).__name__) for function in functions)
 
@@ -214,7 +215,7 @@ def _is_alike(tensor: Any, param: Tensor) -> bool:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    "The memory of `tensor`, which is dense, in one dimension."
+    "Return the memory of `tensor`, which is dense, in one dimension."
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -240,9 +241,9 @@ class Plan:
         groups = [i for i, size in enumerate(self.sizes) for _ in range(size)]
         rows = [row for row in zip(groups, self.params, self.grads) if row[2] is not None]
         has_kernel = [_has_kernel(param, grad) for _, param, grad in rows]
-        # memory that is there twice, a kernel would step twice at the same time
+        # a kernel would step memory that is there twice by two threads at the same time
         n_times = Counter(param.data_ptr() for (_, param, _), has in zip(rows, has_kernel) if has)
-        calls: dict[Any, tuple[_Call, list]] = {}
+        calls: dict[tuple, _Call] = {}
         for (group, param, grad), has in zip(rows, has_kernel):
             state = opt.state.setdefault(param, {})
             averages = self._averages(state, param) if has and n_times[param.data_ptr()] == 1 else None
@@ -250,27 +251,26 @@ class Plan:
                 self.plain.append((group, param))
                 continue
             do_wd = bool(state.get("do_wd", True))
-            new = _Call(group, do_wd, averages=tuple([] for _ in averages)), []
-            call, steps = calls.setdefault((group, do_wd, param.device, param.dtype), new)
+            new = _Call(group, do_wd, averages=tuple([] for _ in averages))
+            call = calls.setdefault((group, do_wd, param.device, param.dtype), new)
             call.params.append(_flat(param.data))
             call.grads.append(_flat(grad))
             for tensors, average in zip(call.averages, averages):
                 tensors.append(_flat(average))
             if self.form.counts_steps:
-                steps.append(float(state.setdefault("step", 0)))
+                call.counts.append(float(state.setdefault("step", 0)))
             self.stepped.append(param)
             self.states.append(state)
             self.tensors += [param, grad, *averages]
-        self.calls = [call for call, _ in calls.values()]
-        for call, steps in calls.values():
-            call.steps = list(
-                torch.tensor(steps, dtype=torch.float32).to(call.params[0].device, non_blocking=True).unbind()
-            )
+        self.calls = list(calls.values())
+        for call in self.calls:
+            counts = torch.tensor(call.counts, dtype=torch.float32)
+            call.steps = list(counts.to(call.params[0].device, non_blocking=True).unbind())
         self.values, self.pointers, self.steps = self._values(), self._pointers(), self._steps()
         self.grad_facts = _facts(self.grads)
 
     def _averages(self, state: dict[str, Any], param: Tensor) -> list[Tensor] | None:
-        "Those in `state`, new ones where there are none yet; None if a kernel does not take them."
+        "Return the averages in `state`, new ones if there are none yet; None if a kernel does not take them."
         averages = []
         for name in self.form.averages:
             average = state.get(name)
@@ -288,7 +288,7 @@ class Plan:
         return [state.get(name) for name in (*self.form.averages, "do_wd") for state in self.states]
 
     def _pointers(self) -> list[int]:
-        "Where the tensors lie: to assign to the `data` of one moves it, whatever else that changes."
+        "Return where the tensors lie: one whose `data` was assigned is the same object elsewhere."
         return [tensor.data_ptr() for tensor in self.tensors]
 
     def _steps(self) -> list[Any]:
@@ -311,7 +311,7 @@ class Plan:
         )
 
     def _has_same_grads(self, grads: list[Tensor | None]) -> bool:
-        "Whether they are the same, or others in the same memory, as a CUDA graph writes them."
+        "Whether `grads` are the plan's, or others in the same memory, as a CUDA graph writes them."
         return _same(grads, self.grads) or _facts(grads) == self.grad_facts
 
     @torch.no_grad()
@@ -339,7 +339,7 @@ class Plan:
 
 
 def _facts(grads: list[Tensor | None]) -> tuple[list[Any], ...]:
-    "Where gradients lie, and how."
+    "Return where gradients lie, and how; by functions in C, for it is asked in each step."
     given = [grad for grad in grads if grad is not None]
     is_sparse = any(grad.layout is not torch.strided for grad in given)
     facts = (id,) if is_sparse else (type, Tensor.data_ptr, Tensor.stride, attrgetter("dtype"))

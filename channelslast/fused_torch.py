@@ -1,4 +1,4 @@
-"PyTorch's optimizers with `fused=True`, for a while: any whose class takes it."
+"Set and reset the flag `fused=True` of PyTorch's own optimizers, any whose class takes it."
 
 import inspect
 from typing import Any
@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from channelslast.memory_format import match_strides
 
-__all__ = ["is_fused", "reads_found_inf", "begin_momentum", "why_not_fused", "fuse", "unfuse"]
-
-
-def is_fused(
-    opt: Any,  # an optimizer of PyTorch's
-) -> bool:
-    "Whether fused kernels make all its steps, as the flags of its groups say."
-    return all(group.get("fused") for group in opt.param_groups)
+__all__ = ["begin_momentum", "reads_found_inf", "reset_fused_flag", "set_fused_flag", "why_no_fused_flag"]
 
 
 def reads_found_inf(
@@ -24,11 +17,16 @@ def reads_found_inf(
 ) -> bool:
     "Whether its steps read the attribute `found_inf` on the GPU, and change nothing if it is 1."
     reads = getattr(opt, "_step_supports_amp_scaling", False)  # the constructor sets it with fused=True
-    return reads and is_fused(opt) and not any(map(_begins_undampened, opt.param_groups))
+    return reads and _is_fused(opt) and not any(map(_begins_undampened, opt.param_groups))
+
+
+def _is_fused(opt: Any) -> bool:
+    "Whether fused kernels make all steps of `opt`, as the flags of its groups say."
+    return all(group.get("fused") for group in opt.param_groups)
 
 
 def _begins_undampened(group: dict[str, Any]) -> bool:
-    "Whether the first momentum of SGD is another than the step would make of zeros."
+    "Whether SGD begins its momentum with the whole gradient, which a step from a momentum of zeros would dampen."
     return bool(group.get("momentum") and group.get("dampening"))
 
 
@@ -37,8 +35,8 @@ def begin_momentum(
 ) -> None:
     """Give parameters with a gradient a momentum of zeros where SGD has none yet.
 
-    PyTorch's fused step makes them a buffer without values, and leaves it so if it overflows; and it fails where some
-    have a buffer and others do not.
+    PyTorch's fused step would make a buffer of whatever is in memory, and leave it so if the gradients overflowed; and
+    it fails where some parameters have a buffer and others do not.
     """
     for group in opt.param_groups:
         if group.get("momentum") and not _begins_undampened(group):
@@ -47,11 +45,14 @@ def begin_momentum(
                     opt.state[param]["momentum_buffer"] = torch.zeros_like(param.data)
 
 
-def why_not_fused(
+def why_no_fused_flag(
     opt: Any,  # an optimizer of PyTorch's
 ) -> str:
-    "Why `opt` has no fused form, found by trying small ones of its class; '' if it has one."
-    if is_fused(opt):
+    """Return why `opt` cannot step with `fused=True`, '' if it can.
+
+    Found by steps of small optimizers of its class, on the devices of its parameters: this waits for a GPU.
+    """
+    if _is_fused(opt):
         return ""
     if any(map(_begins_undampened, opt.param_groups)):
         return "fused steps with dampening begin otherwise"
@@ -60,7 +61,7 @@ def why_not_fused(
         return "fused kernels take no sparse gradients"
     for device, dtype in {(param.device, param.dtype) for param in params}:
         try:
-            fused, plain = (_Trial(opt, device, dtype, is_fused).step().step() for is_fused in (True, False))
+            fused, plain = (_Trial(opt, device, dtype, flag).step().step() for flag in (True, False))
         except Exception as error:
             return f"{type(opt).__name__} with fused=True: {error}"
         if not fused.is_close(plain):
@@ -69,14 +70,14 @@ def why_not_fused(
 
 
 class _Trial:
-    "An optimizer of the class of another one, with its defaults, and one small parameter."
+    "An optimizer of the class and with the defaults of another one, for one small parameter."
 
     def __init__(self, like: Any, device: torch.device, dtype: torch.dtype, fused: bool):
         self.param = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
         known = inspect.signature(type(like)).parameters
         options = {name: value for name, value in like.defaults.items() if name in known and name != "foreach"}
         self.opt = type(like)([self.param], **{**options, "lr": 0.5, "fused": fused})
-        if fused and not is_fused(self.opt):
+        if fused and not _is_fused(self.opt):
             raise TypeError("it takes no notice of it")
 
     def step(self, found_inf: float | None = None) -> "_Trial":
@@ -92,44 +93,46 @@ class _Trial:
         rtol = torch.finfo(self.param.dtype).eps * 16
         pairs = [(self.param, other.param)]
         pairs += [(value, other.opt.state[other.param][name]) for name, value in self.opt.state[self.param].items()]
-        # a parameter of one half, and steps of one half: what is left may be next to nothing
+        # also by `atol`: what steps of 0.5 leave of a parameter of 1 may be next to nothing
         return all(
-            torch.allclose(a.cpu().float(), b.cpu().float(), rtol, rtol) for a, b in pairs if isinstance(a, Tensor)
+            torch.allclose(a.cpu().float(), b.cpu().float(), rtol, atol=rtol) for a, b in pairs if isinstance(a, Tensor)
         )
 
 
 def _can_read_found_inf(opt: torch.optim.Optimizer) -> bool:
     "Whether the fused steps of `opt` change nothing where its `found_inf` is 1, the first one too."
-    some = opt.param_groups[0]["params"][0]
-    first, second = (_Trial(opt, some.device, some.dtype, True) for _ in range(2))
-    return reads_found_inf(first.opt) and first.step(found_inf=1.0).step(found_inf=0.0).is_close(second.step())
+    param = opt.param_groups[0]["params"][0]
+    overflowed, plain = (_Trial(opt, param.device, param.dtype, True) for _ in range(2))
+    if not reads_found_inf(overflowed.opt):
+        return False
+    return overflowed.step(found_inf=1.0).step(found_inf=0.0).is_close(plain.step())
 
 
-def fuse(
-    opt: torch.optim.Optimizer,  # for which `why_not_fused` is ''
+def set_fused_flag(
+    opt: torch.optim.Optimizer,  # for which `why_no_fused_flag` is ''
 ) -> None:
-    """Let fused kernels make the steps of `opt` until `unfuse`.
+    """Let fused kernels make the steps of `opt` until `reset_fused_flag`.
 
-    It stays the same object, and its state dicts stay those of before: in flags, and in where the counts of steps are.
+    It stays the same object. Its state dicts have the flags of before, and counts of steps on the device of before.
     """
-    if opt not in _fused and not is_fused(opt):
-        _fused[opt] = _Fused(opt)
+    if opt not in _changes and not _is_fused(opt):
+        _changes[opt] = _Changes(opt)
 
 
-def unfuse(
+def reset_fused_flag(
     opt: torch.optim.Optimizer,
 ) -> None:
-    "Undo `fuse`. The state stays where training has come to."
-    if opt in _fused:
-        _fused.pop(opt).undo(opt)
+    "Undo `set_fused_flag`. The state stays where training has come to."
+    if opt in _changes:
+        _changes.pop(opt).undo(opt)
 
 
-class _Fused:
-    "What an optimizer was before its steps were fused, and the hooks that it has meanwhile."
+class _Changes:
+    "What `set_fused_flag` changed of an optimizer, to undo it: flags, attributes, and the hooks that it put on."
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.names = set(vars(opt))
-        self.flags: list[dict[str, Any]] = []  # of each group
+        self.flags: list[dict[str, Any]] = []  # of each group, as they were
         if _can_read_found_inf(opt):
             opt._step_supports_amp_scaling = True
         self.apply(opt)
@@ -174,10 +177,10 @@ class _Fused:
 
 
 def _with_plain_step(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    "`state` with its count of steps where PyTorch has it in `group`: on the CPU, unless the group needs it on the GPU."
+    "Return `state` with its count of steps on the device where PyTorch has it for the flags of `group`."
     if "step" not in state or group.get("fused") or group.get("capturable"):
         return state
     return {**state, "step": state["step"].cpu()}
 
 
-_fused: WeakKeyDictionary[torch.optim.Optimizer, _Fused] = WeakKeyDictionary()
+_changes: WeakKeyDictionary[torch.optim.Optimizer, _Changes] = WeakKeyDictionary()

@@ -10,9 +10,15 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from torch import Tensor, nn
 
-from channelslast import fused_torch
 from channelslast.fit import LeanCallback
 from channelslast.fused_steps import Plan, foreach, names_of, why_no_kernel
+from channelslast.fused_torch import (
+    begin_momentum,
+    reads_found_inf,
+    reset_fused_flag,
+    set_fused_flag,
+    why_no_fused_flag,
+)
 from channelslast.memory_format import with_wrapped
 
 __all__ = [
@@ -53,7 +59,7 @@ class FusedOptimizer(LeanCallback):
         opt = self.learn.opt
         if opt is self.seen_opt:
             return
-        self.after_train()  # another optimizer than at the last step
+        self.after_train()  # the optimizer of the last step is no longer the Learner's
         self.seen_opt = opt
         why = why_not_fused(opt)
         if why:
@@ -95,8 +101,8 @@ def check_fused_optimizer(
 
 
 def _trial(learn: Learner, device: torch.device | str | None) -> Any:
-    "What `learn.opt_func` makes of a small parameter for each one of the model."
-    if isinstance(learn.opt_func, OptimWrapper):
+    "Return what `learn.opt_func` makes of a parameter of one element in the place of each one of the model."
+    if isinstance(learn.opt_func, OptimWrapper):  # an optimizer already, which fastai takes as it is
         return learn.opt_func
 
     def small(params: Any) -> Any:
@@ -113,7 +119,7 @@ def _trial(learn: Learner, device: torch.device | str | None) -> Any:
 
 
 def _name(opt: Any) -> str:
-    "What a user calls the optimizer, or the function that makes it."
+    "Return what a user calls the optimizer, or the function that makes it."
     if isinstance(opt, partial):
         return _name(opt.func)
     if isinstance(opt, (Lookahead, OptimWrapper)):
@@ -129,9 +135,9 @@ def _name(opt: Any) -> str:
 def why_not_fused(
     opt: Any,  # an optimizer of fastai's
 ) -> str:
-    "Why `opt` has no fused form, '' if it has one."
+    "Return why `opt` has no fused form, '' if it has one; an optimizer of PyTorch's is tried out on its device."
     if isinstance(opt, OptimWrapper):
-        return fused_torch.why_not_fused(opt.opt)
+        return why_no_fused_flag(opt.opt)
     if _plain_type(opt) is Lookahead and isinstance(opt.opt, Optimizer):
         return why_not_fused(opt.opt)
     if _plain_type(opt) is not Optimizer:
@@ -145,14 +151,14 @@ def fuse(
     """Let `opt` step with PyTorch's fused kernels until `unfuse`. It stays the same object; copies of it are plain.
 
     Parameters that no kernel takes keep fastai's step: integers, sparse gradients, gradients in another dtype or memory
-    format than the parameter, devices other than CUDA and CPU. A tensor set as its attribute `found_inf` is read by the
-    next step, which changes nothing if it is not 0.
+    format than the parameter, devices other than CUDA and CPU. `give_found_inf` lets the next step change nothing if
+    gradients overflowed. Raises `ValueError` for an optimizer without a fused form.
     """
     why = why_not_fused(opt)
     if why:
         raise ValueError(f"opt={_name(opt)} has no fused form ({why}). Those that have one: {HAVE_FUSED_FORM}")
     if isinstance(opt, OptimWrapper):
-        fused_torch.fuse(opt.opt)
+        set_fused_flag(opt.opt)
         return
     for part in with_wrapped(opt):
         part.__class__ = _FusedLookahead if isinstance(part, Lookahead) else _FusedSteps
@@ -161,7 +167,7 @@ def fuse(
 def unfuse(
     opt: Any,  # an optimizer of fastai's, or None
 ) -> None:
-    "Undo `fuse`. The state stays where training has come to."
+    "Undo `fuse`. The state stays where training has come to. Waits for the GPU to have made the last step."
     for part in with_wrapped(opt):
         if isinstance(part, _Fused):
             part.settle()
@@ -169,18 +175,19 @@ def unfuse(
                 delattr(part, name)
             part.__class__ = _plain_type(part)
         elif isinstance(part, torch.optim.Optimizer):
-            fused_torch.unfuse(part)
+            reset_fused_flag(part)
 
 
 def found_inf_reader(
     opt: Any,  # an optimizer of fastai's, or None
 ) -> Any:
-    """The optimizer whose steps read its attribute `found_inf` on the GPU, and change nothing if it is 1; else None.
+    """Return the optimizer whose steps read its attribute `found_inf` on the GPU, and change nothing if it is 1.
 
-    `opt` itself in its fused form, or what it wraps. Not where somebody has put another `step` in its place.
+    That is `opt` itself in its fused form, or what it wraps. None where there is no such optimizer, or where somebody
+    has put another `step` in its place.
     """
     if isinstance(opt, OptimWrapper):
-        return opt.opt if fused_torch.reads_found_inf(opt.opt) else None
+        return opt.opt if reads_found_inf(opt.opt) else None
     if isinstance(opt, _Fused) and not any("step" in vars(part) for part in with_wrapped(opt)):
         return opt
     return None
@@ -190,10 +197,10 @@ def give_found_inf(
     opt: Any,  # an optimizer that `found_inf_reader` finds a reader in
     found_inf: Tensor,  # of GradScaler's: 1 if the gradients overflowed, else 0
 ) -> None:
-    "Let the next step of `opt` change nothing if `found_inf` is 1. Nobody waits for it."
+    "Let the next step of `opt` change nothing if `found_inf` is 1, without waiting for the GPU."
     reader = found_inf_reader(opt)
     if isinstance(reader, torch.optim.Optimizer):
-        fused_torch.begin_momentum(reader)
+        begin_momentum(reader)
     reader.found_inf = found_inf
 
 
@@ -201,7 +208,7 @@ def give_found_inf(
 
 
 class _Overflow:
-    "Whether a step overflowed. The flag is copied to the CPU while the GPU goes on; to ask is to wait for it."
+    "Whether a step overflowed, as a bool that is asked for late: the GPU goes on until then, and `bool` waits for it."
 
     def __init__(self, found_inf: Tensor):
         self.flag = found_inf.to("cpu", non_blocking=True, copy=True)
@@ -214,7 +221,7 @@ class _Overflow:
 
 
 class _Fused:
-    "What the fused forms share. The last step is counted late, by `settle`, where only the GPU knows if it overflowed."
+    "What the fused forms share. If only the GPU knows whether the last step overflowed, `settle` counts it later."
 
     found_inf: Tensor | None = None
     overflow: _Overflow | None = None  # of the last step
@@ -302,12 +309,12 @@ class _FusedLookahead(_Fused, Lookahead):
         self.count += 1
 
     def _catch_up(self, found_inf: Tensor | None) -> None:
-        "Move the slow weights towards the fast ones, and those there; nothing where `found_inf` is not 0."
+        "Move the slow weights towards the fast ones, and the fast ones there too; do nothing if `found_inf` is not 0."
         slow_weights = [weight.data for group in self.slow_weights for weight in group]
         params = [param.data for group in self.param_lists for param in group]
-        # one after the other if one is there twice, or if they are on several devices
-        are_alone = len({param.data_ptr() for param in params}) == len(params)
-        n_at_once = len(params) if are_alone and len({param.device for param in params}) == 1 else 1
+        # all at once, but if two share their memory, or they are on several devices, one after the other
+        are_distinct = len({param.data_ptr() for param in params}) == len(params)
+        n_at_once = len(params) if are_distinct and len({param.device for param in params}) == 1 else 1
         for i in range(0, len(params), n_at_once):
             slow, fast = slow_weights[i : i + n_at_once], params[i : i + n_at_once]
             moves = foreach("sub", fast, slow)
@@ -315,7 +322,7 @@ class _FusedLookahead(_Fused, Lookahead):
                 foreach("add_", slow, moves, alpha=self.alpha)
                 foreach("copy_", fast, slow)
             else:
-                is_step = (found_inf == 0).float().to(fast[0].device)
+                is_step = (found_inf == 0).float().to(fast[0].device)  # 1 or 0, to multiply with: Python cannot ask
                 foreach("mul_", moves, is_step * self.alpha)
                 foreach("add_", slow, moves)
                 foreach("mul_", fast, 1 - is_step)
@@ -323,7 +330,7 @@ class _FusedLookahead(_Fused, Lookahead):
 
 
 def _plain_type(opt: Any) -> type:
-    "The class of `opt` without its fused form."
+    "Return the class of `opt` without its fused form."
     if isinstance(opt, _Fused):
         return Lookahead if isinstance(opt, Lookahead) else Optimizer
     return type(opt)
