@@ -1,4 +1,4 @@
-"Mixed precision on every device that PyTorch's autocast runs on: the callback, and the one that a Learner has."
+"Mixed precision on every device that autocast runs on: the callback, its options, and which one a Learner has."
 
 from collections.abc import Iterable
 from functools import partial
@@ -35,11 +35,11 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
     exception or an interrupt inside a batch leaves autocast as it was.
     """
 
-    # Here, and not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
+    # Not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
     entered = ()
     loss_copy = None
 
-    __signature__ = None  # not that of fastai's class, but of:
+    __signature__ = None  # fastai's class has one; without it `inspect` shows that of this `__init__`
 
     @delegates(GradScaler, but="device")
     def __init__(
@@ -62,7 +62,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
         self,
         device: torch.device | str,  # where the model runs
     ) -> torch.dtype | None:
-        "The dtype in which to autocast on `device`. Warns once where that is not the one asked for."
+        "Return the dtype in which to autocast on `device`; warn once if that is not the one asked for."
         dtype, why = autocast_dtype(self.amp_mode, device)
         if dtype is not torch.float16 and self.amp_mode is AMPMode.FP16 and self.kwargs:
             why += f"; without effect there: {', '.join(self.kwargs)}"
@@ -125,7 +125,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     def before_step(self):
         "Unscale the gradients, and cancel the step if they overflowed; a fused optimizer cancels its own."
-        if self.is_update_due:  # a step that another callback cancelled after this
+        if self.is_update_due:  # another callback cancelled the last step after this method
             self.after_step()
         self.is_update_due = True
         if not self._step_supports_amp_scaling:
@@ -144,15 +144,15 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether fused kernels make the step: they read for themselves whether gradients overflowed.
+        """Whether fused kernels make the step, which read on the GPU whether gradients overflowed.
 
-        To read it in Python is to wait until the GPU is done, every step. `GradScaler` looks this name up on the
-        optimizer that it steps, which is `self`. Were the name to go, it would read in Python: slower, as right.
+        To read it in Python would wait for the GPU in every step. `GradScaler` looks this name up on the optimizer that
+        it steps, which is `self`. If PyTorch drops the name, GradScaler reads in Python: slower, with equal results.
         """
         return found_inf_reader(self.opt) is not None
 
     def step(self, *args, **kwargs):
-        "The optimizer's step as `GradScaler` sees it: the Learner makes it, with `found_inf` for a fused kernel."
+        "Called by `GradScaler` in the place of the optimizer's step, which the Learner makes after it."
         self.skipped = False
         found_inf = vars(self).get("found_inf")
         if found_inf is not None:
@@ -170,6 +170,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
             self.loss_copy = self.loss, copy, torch.cuda.current_stream(self.loss.device).record_event()
 
     def _finish_copying_loss(self):
+        "Wait for the copy, and let the Recorder read that."
         if self.loss_copy is not None:
             loss, copy, copied = self.loss_copy
             self.loss_copy = None
@@ -183,7 +184,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
 
 class AutocastState:
-    "Autocast as it is now, to put it back to, from wherever an interrupt left it."
+    "Autocast as it is when this is made; `restore` puts it back, wherever an interrupt has left it."
 
     def __init__(
         self,
@@ -197,7 +198,8 @@ class AutocastState:
 
     @staticmethod
     def _depth() -> int:
-        # on one line: an interrupt between two would leave a level behind
+        # Increment returns the new depth, never 0, so decrement runs too, and returns the depth as it is. In one
+        # expression, for an interrupt between two statements would leave a level behind.
         return torch.autocast_increment_nesting() and torch.autocast_decrement_nesting()
 
     def restore(self) -> None:
@@ -242,7 +244,7 @@ def check_scaler_options(
 def get_mixed_precision(
     learn: Learner,
 ) -> FastaiMixedPrecision | None:
-    "The MixedPrecision on `learn`, the newest if there are several. (`learn.mixed_precision` may be the model's.)"
+    "Return the newest MixedPrecision on `learn`, None without. (`learn.mixed_precision` may be the model's.)"
     found = [cb for cb in learn.cbs if isinstance(cb, FastaiMixedPrecision)]
     return found[-1] if found else None
 
@@ -250,7 +252,7 @@ def get_mixed_precision(
 def amp_mode_in_use(
     learn: Learner,
 ) -> str | None:
-    "What the device of `learn` makes of the precision asked for: 'fp16', 'bf16', or None for float32."
+    "Return what the device of `learn` makes of the precision asked for: 'fp16', 'bf16', or None for float32."
     precision = get_mixed_precision(learn)
     if precision is None:
         return None
@@ -263,10 +265,10 @@ def choose_precision(
     amp_mode: str | AMPMode | None,  # None: float32
     **kwargs,
 ) -> FastaiMixedPrecision | None:
-    """The callback with which `learn` trains in `amp_mode`, None for float32; `kwargs` are GradScaler's options.
+    """Return the callback with which `learn` is to train in `amp_mode`, None for float32, without changing `learn`.
 
-    The one on `learn` where it already is of that mode, unless other options are given. Makes every check that can be
-    made before a fit, and changes nothing.
+    `kwargs` are GradScaler's options. It is the callback on `learn` if that is of this mode already, and no other
+    options are given. Makes every check that can be made before a fit: raises as `MixedPrecision` and `autocast_dtype`.
     """
     amp_mode, chosen = amp_mode and to_amp_mode(amp_mode), get_mixed_precision(learn)
     if amp_mode is None:
@@ -287,7 +289,7 @@ def set_precision(
     learn: Learner,
     precision: FastaiMixedPrecision | None,  # None: float32
 ) -> Learner:
-    "Make `precision` the only mixed precision on `learn`, whatever kind it held."
+    "Make `precision` the only mixed precision on `learn`, whatever kind it held; return `learn`."
     remove_cbs(learn, [cb for cb in learn.cbs if isinstance(cb, MIXED_PRECISIONS) and cb is not precision])
     if precision is not None and precision not in learn.cbs:
         learn.add_cb(precision)
@@ -298,9 +300,9 @@ def remove_cbs(
     learn: Learner,
     cbs: Iterable[Callback],  # those to remove
 ) -> None:
-    "`learn.remove_cbs`, also where another callback, or an attribute of the model, has the name of one of them."
+    "Remove `cbs`, also where another callback, or an attribute of the model, has the name of one of them."
     for cb in list(cbs):
-        vars(learn).setdefault(cb.name, cb)
+        vars(learn).setdefault(cb.name, cb)  # `remove_cb` deletes the attribute of that name
         learn.remove_cb(cb)
-    for cb in learn.cbs:
+    for cb in learn.cbs:  # those of an equal name have lost theirs
         vars(learn).setdefault(cb.name, cb)

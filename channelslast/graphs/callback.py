@@ -19,7 +19,8 @@ class CudaGraph(LeanCallback):
     their memory, are given up when the fit ends; after an error outside of its batches, when the next one begins.
     """
 
-    order, run_valid = 1000, False  # after all that makes a batch
+    order = 1000  # after all that makes a batch
+    run_valid = False
 
     def __init__(self):
         self.graphed: GraphedModule | None = None
@@ -28,11 +29,11 @@ class CudaGraph(LeanCallback):
 
     @property
     def reason(self) -> str | None:
-        "Why the fit, or the last one, does not use graphs, or did not go on to; None where it does."
+        "Why the fit, or else the last one, uses no graphs, or stopped using them; None if it does use them."
         return self._reason if self.graphed is None else self.graphed.reason
 
     def before_fit(self):
-        self._release()  # of a fit that was interrupted
+        self._release()  # graphs of a fit that was interrupted
 
     def before_train(self):
         if self.epoch == 0:
@@ -55,7 +56,7 @@ class CudaGraph(LeanCallback):
         self._is_cancelled = True
 
     def after_batch(self):
-        "fastai has set the gradients to zero, unless the batch was cancelled, as for gradient accumulation."
+        "Fastai has set the gradients to zero by now, but not in a cancelled batch, as of gradient accumulation."
         if self.graphed is not None and not self._is_cancelled and _sets_gradients_to_zero(self.learn):
             self.graphed.gradients_are_zero()
 
@@ -92,14 +93,14 @@ class _OneCall:
         return getattr(vars(self)["graphed"].module, name)
 
 
-# As fastai has them: backward pass, step and `zero_grad` follow each other
-_FASTAIS = {name: vars(Learner)[name] for name in ("_do_grad_opt", "_do_one_batch", "one_batch")}
+# fastai's own methods, in which backward pass, step and `zero_grad` follow each other
+_OWN_METHODS = {name: vars(Learner)[name] for name in ("_do_grad_opt", "_do_one_batch", "one_batch")}
 
 
 def _sets_gradients_to_zero(learn: Learner) -> bool:
-    "Whether a batch that was not cancelled ends with all gradients at zero: nobody has put another way in its place."
-    if any(getattr(type(learn), name) is not own or name in vars(learn) for name, own in _FASTAIS.items()):
+    "Whether a batch that was not cancelled ends with all gradients at zero, as by fastai's own methods."
+    if any(getattr(type(learn), name) is not own or name in vars(learn) for name, own in _OWN_METHODS.items()):
         return False
-    zero_grad = getattr(type(learn.opt), "zero_grad", None)  # an OptimWrapper has none, and leaves no gradients
+    zero_grad = getattr(type(learn.opt), "zero_grad", None)  # an OptimWrapper has none: PyTorch's sets them to None
     is_known = getattr(zero_grad, "__module__", None) in ("fastai.optimizer", "channelslast.optimizer")
     return is_known and "zero_grad" not in vars(learn.opt)

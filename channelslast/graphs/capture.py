@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from channelslast.errors import raised_in
-from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, name_of, set_since
+from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, module_in_words, set_since
 from channelslast.nested import map_tensors, tensors_in
 
-__all__ = ["Graph", "NotCapturedError", "capture", "in_words"]
+__all__ = ["Graph", "NotCapturedError", "capture", "error_in_words"]
 
 
 class NotCapturedError(Exception):
@@ -42,14 +42,14 @@ def capture(
     return graph
 
 
-def in_words(
+def error_in_words(
     error: Exception,
     module: nn.Module,
 ) -> str:
-    "What `error` says, and in which part of `module` it was raised, if that can be told."
+    "Return what `error` says, and in which part of `module` it was raised, if that can be told."
     where = raised_in(error, module)
     message = str(error).partition("\n")[0]
-    place = f" in {name_of(where)}" if where is not None else ""
+    place = f" in {module_in_words(where)}" if where is not None else ""
     return f"{type(error).__name__}{place}: {message}"
 
 
@@ -65,24 +65,24 @@ class Graph:
         _renew_accumulators(params)
         try:
             with _uncached_autocast(), warnings.catch_warnings():
-                # that the nodes wait for one another, which they do once
+                # that streams wait for one another in the backward pass: here they do so at the capture alone
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-                self.graphed = torch.cuda.make_graphed_callables(_Body(module), static, **options)
+                self.callable = torch.cuda.make_graphed_callables(_Body(module), static, **options)
         finally:
             _renew_accumulators(params)
-        outputs = [output for output in tensors_in(self.graphed(*inputs)) if output.requires_grad]
+        outputs = [output for output in tensors_in(self.callable(*inputs)) if output.requires_grad]
         zeros = [torch.zeros_like(output) for output in outputs]
+        # A backward pass returns the gradients where each replay will write them: remember the addresses
         gradients = torch.autograd.grad(outputs, params, zeros, allow_unused=True)
-        # the address to which each replay writes the gradient of a parameter
         self.gradients = [(p, grad.data_ptr()) for p, grad in zip(params, gradients, strict=True) if grad is not None]
 
     def replay(
         self,
-        owner: Any,  # of all graphs that share their memory, with `n_replays` and `n_writes`
+        owner: Any,  # of all graphs that share their memory: the GraphedModule, with `n_replays` and `n_writes`
         inputs: tuple[Tensor, ...],
     ) -> Any:
-        "What the module returns for `inputs`, to be used before the next replay."
-        output = self.graphed(*inputs)
+        "Return what the module would for `inputs`; its backward pass has to come before the next replay."
+        output = self.callable(*inputs)
         copies = iter(_Copies.apply(owner, owner.n_writes, *tensors_in(output)))
         return map_tensors(lambda tensor: next(copies), output)
 
@@ -154,14 +154,14 @@ def _check(module: nn.Module, inputs: tuple) -> None:
     for name, submodule in module.named_modules():
         hooks = [hook for kind in HOOKS for hook in vars(submodule).get(kind, {}).values()]
         if not all(_belongs_to(hook, held) for hook in hooks):
-            raise NotCapturedError(f"{name_of(name)} has hooks of others, which a replay would not call")
+            raise NotCapturedError(f"{module_in_words(name)} has hooks of others, which a replay would not call")
     for name, param in module.named_parameters():
         if getattr(param, "_backward_hooks", None) or getattr(param, "_post_accumulate_grad_hooks", None):
             raise NotCapturedError(f"the parameter `{name}` has hooks, which a capture would apply twice")
 
 
 def _held_by(module: nn.Module) -> set[int]:
-    "The modules of `module` and what they hold as attributes, by `id`."
+    "Return the `id` of each module in `module`, and of what these hold as attributes."
     held = [*module.modules()]
     for value in [value for submodule in module.modules() for value in vars(submodule).values()]:
         held += value if isinstance(value, (list, tuple)) else [value]
@@ -180,17 +180,17 @@ def _belongs_to(hook: Any, held: set[int]) -> bool:
 
 
 def _uncached_autocast() -> Any:
-    "Autocast as it is, without its cache of weights, which a capture must not use."
+    "Return a context of autocast as it is, without its cache of weights, which a capture must not use."
     if not torch.is_autocast_enabled("cuda"):
         return nullcontext()
     return torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def _warm_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Run a step in which all is made that is made once, and one that raises where the CPU would wait for the GPU.
+    """Run a step that makes what is made once, and then one that raises where the CPU would wait for the GPU.
 
-    No graph can wait. A capture that fails for it does not tell where, and leaves PyTorch's random generator and its
-    allocator in the middle of one.
+    In a capture nothing can wait. One that fails for it does not tell where, and leaves PyTorch's random generator and
+    its allocator in the state of a capture.
     """
     _step(module, inputs)
     mode = torch.cuda.get_sync_debug_mode()
@@ -218,16 +218,16 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 @contextmanager
 def _unchanged_by_capture(module: nn.Module, device: torch.device) -> Iterator[None]:
     "Put back what the forward passes of a capture change, and what a capture that fails leaves behind."
-    gpu_state, stream = torch.cuda.get_rng_state(device), torch.cuda.current_stream(device)
+    stream = torch.cuda.current_stream(device)
     cpu_states = _cpu_states()
-    with ExitStack() as restore:  # from the last to the first, each also where another fails
+    with ExitStack() as restore:  # calls the last first, and all of them even if one raises
         if gc.isenabled():
             restore.callback(gc.enable)
         restore.callback(torch.cuda.empty_cache)  # of the warm-up, which has run in a stream of its own
-        restore.callback(random.setstate, cpu_states[0])
-        restore.callback(np.random.set_state, ("MT19937", *cpu_states[1]))
-        restore.callback(torch.set_rng_state, torch.tensor(cpu_states[2], dtype=torch.uint8))
-        restore.callback(torch.cuda.set_rng_state, gpu_state, device)
+        restore.callback(random.setstate, random.getstate())
+        restore.callback(np.random.set_state, np.random.get_state())
+        restore.callback(torch.set_rng_state, torch.get_rng_state())
+        restore.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
         for buffer in module.buffers():
             restore.callback(_copy_back, buffer, buffer.detach().clone())
         for attributes in map(vars, module.modules()):
@@ -236,7 +236,7 @@ def _unchanged_by_capture(module: nn.Module, device: torch.device) -> Iterator[N
                 restore.callback(_put_back, members, dict(members))
         try:
             gc.collect()
-            gc.disable()  # a CUDA graph of before that is freed now would spoil the capture
+            gc.disable()  # an earlier CUDA graph that is freed during a capture would spoil it
             torch.cuda.empty_cache()
             yield
             if _cpu_states() != cpu_states:
@@ -258,7 +258,7 @@ def _put_back(owner: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def _cpu_states() -> tuple:
-    "The states of Python's, NumPy's and PyTorch's random generators, to compare."
+    "Return the states of Python's, NumPy's and PyTorch's random generators in a form that `!=` compares."
     _, keys, *rest = np.random.get_state()
     return random.getstate(), (keys.tolist(), *rest), torch.get_rng_state().tolist()
 
@@ -266,8 +266,8 @@ def _cpu_states() -> tuple:
 def _leave_capture(stream: torch.cuda.Stream) -> None:
     """Go on in `stream`, and take the GPU's random generator out of a capture that CUDA broke off.
 
-    By a capture that succeeds; PyTorch does neither by itself (seen in 2.11), and dropout would raise "Offset increment
-    outside graph capture".
+    PyTorch does neither by itself (seen in 2.11), and dropout would raise "Offset increment outside graph capture". A
+    small capture that succeeds takes the generator out.
     """
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):

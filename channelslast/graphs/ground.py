@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "MEMBERS", "Ground", "name_of", "set_since"]
+__all__ = ["HOOKS", "MEMBERS", "Ground", "module_in_words", "set_since"]
 
-# Names of nn.Module's own dictionaries. One that a future PyTorch renames is not looked at; a test of each notices.
+# Names of nn.Module's own dictionaries. One that a future PyTorch renames is not looked at: a test of each would fail.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MEMBERS = ("_parameters", "_buffers", "_modules")
 _SCALARS = (bool, int, float, str, type(None))
@@ -15,10 +15,10 @@ _MISSING = object()
 
 
 class Ground:
-    """A module's tensors with their memory and `requires_grad`, its submodules and hooks, and what its attributes say.
+    """A module's tensors with their memory and `requires_grad`, its submodules, its hooks and its plain attributes.
 
-    Attributes of plain types, that is, as the mode (`training`) or a dropout's `p`. `holds` is asked before every
-    step: it compares long lists by functions that are written in C.
+    Plain are numbers, texts, bools and None, as the mode (`training`) or a dropout's `p`. `holds` is asked before
+    every step: it compares long lists by functions that are written in C.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Ground:
         self.plain = []
         for attributes in modules:
             names = [name for name, value in attributes.items() if isinstance(value, _SCALARS)]
-            get = itemgetter(*names)
+            get = itemgetter(*names)  # of a single name it gets the value, and no tuple
             self.plain.append((attributes, names, get, get(attributes)))
 
     def _memory(self) -> tuple[list[int], list[bool]]:
@@ -50,7 +50,7 @@ class Ground:
         return list(map(tuple, filter(None, self.hook_dicts)))
 
     def holds(self) -> bool:
-        "Whether all is as it was."
+        "Whether all of it is as it was."
         try:
             return (
                 self._hooks() == self.hooks
@@ -63,34 +63,34 @@ class Ground:
             return False
 
     def change(self) -> str | None:
-        "What is not as it was, in words; None where all is."
+        "Return what is not as it was, in words; None if all of it is."
         if self.holds():
             return None
         for attributes, names, _, values in self.plain:
             for name, value in zip(names, values if len(names) > 1 else [values], strict=True):
                 now = attributes.get(name, _MISSING)
                 if not isinstance(now, _SCALARS) or now != value:
-                    return f"`{name}` of {name_of(self.names[id(attributes)])}"
+                    return f"`{name}` of {module_in_words(self.names[id(attributes)])}"
         return "its parameters, buffers or modules"
 
 
 def set_since(
     before: list[tuple[str, dict[str, Any], dict[str, Any]]],  # name, attributes and a copy of them, of each module
 ) -> str | None:
-    "An attribute that a forward pass has set, as a hidden state, in words; None where it has set none."
+    "Return an attribute that a forward pass has set, as a hidden state, in words; None if it has set none."
     for name, now, saved in before:
-        # PyTorch's hooks for a weight set it anew in each forward pass, from what is captured
+        # Hooks of PyTorch's, as `weight_norm`, set the weight that they name in each forward pass, and are captured
         computed = {getattr(hook, "name", None) for hook in now.get("_forward_pre_hooks", {}).values()}
         for key, value in now.items():
             if key not in computed and saved.get(key, _MISSING) is not value and not isinstance(value, _SCALARS):
-                return f"`{key}` of {name_of(name)}"
+                return f"`{key}` of {module_in_words(name)}"
         if added := now.keys() - saved.keys() - computed:
-            return f"`{min(added)}` of {name_of(name)}"
+            return f"`{min(added)}` of {module_in_words(name)}"
     return None
 
 
-def name_of(
+def module_in_words(
     name: str,  # dotted, '' for the model itself
 ) -> str:
-    "A module in words."
+    "Return what a message calls a module."
     return f"`{name}`" if name else "the model"

@@ -13,15 +13,15 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from channelslast.graphs.capture import Graph, NotCapturedError, capture, in_words
+from channelslast.graphs.capture import Graph, NotCapturedError, capture, error_in_words
 from channelslast.graphs.ground import Ground
 from channelslast.memory_format import has_lazy_parameters
 
 __all__ = ["GraphedModule"]
 
 _MAX_GRAPHS = 4  # each has gradients of its own; they share the memory of the activations
-_RECENT = 32  # calls; inputs of a kind that came `_OFTEN` times among them are worth a graph
-_OFTEN = 3
+# Inputs of a kind are worth a graph once `_OFTEN` of the last `_RECENT` calls without one had this kind
+_RECENT, _OFTEN = 32, 3
 
 
 class GraphedModule:
@@ -52,7 +52,7 @@ class GraphedModule:
         self._recent: deque[tuple] = deque(maxlen=_RECENT)
         self._ground: Ground | None = None
         self._pool: Any = None
-        self._are_zero = False
+        self._gradients_are_zero = False
 
     @property
     def n_graphs(self) -> int:
@@ -63,8 +63,8 @@ class GraphedModule:
         self,
         *inputs: Tensor,
     ) -> Any:
-        "What `module(*inputs)` returns."
-        are_zero, self._are_zero = self._are_zero, False
+        "Return what `module(*inputs)` would; raises what it would."
+        are_zero, self._gradients_are_zero = self._gradients_are_zero, False
         if self.reason or not self.module.training or not torch.is_grad_enabled():
             return self.module(*inputs)
         graph = self._graph_for(inputs)
@@ -77,7 +77,7 @@ class GraphedModule:
 
     def gradients_are_zero(self) -> None:
         "Say that every gradient was set to zero: the next call need not keep them."
-        self._are_zero = True
+        self._gradients_are_zero = True
 
     def release(self) -> None:
         "Give up the graphs and their memory."
@@ -117,7 +117,7 @@ class GraphedModule:
         except NotCapturedError as error:
             self.reason = str(error)
         except Exception as error:  # one of the module's own comes again from the call that follows
-            self.reason = in_words(error, self.module)
+            self.reason = error_in_words(error, self.module)
         if graph is None:
             self.release()
             torch.cuda.empty_cache()
@@ -134,7 +134,7 @@ class GraphedModule:
 
 
 def _kind(inputs: tuple) -> tuple:
-    "What a graph is captured for: autocast, and the inputs' shapes and dtypes."
+    "Return what a graph is captured for: autocast, and the inputs' shapes and dtypes."
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     facts = [
         (type(x), x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in inputs
