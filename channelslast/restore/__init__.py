@@ -1,10 +1,10 @@
 """Leave a module or a Learner as it was, whatever happens to it in between, also after an exception or an interrupt.
 
-What comes back, of the modules or the Learner that are named and of all that they reach:
+What comes back, of the modules or the Learner given and of all that they reach:
 
 - attributes, in `__dict__` and in `__slots__`;
 - the items of lists, dicts, sets, deques and of their subclasses: the same objects in the same order;
-- tensors: memory, strides, device and values, gradient, `requires_grad` and hooks; in between none has a gradient;
+- tensors: memory, strides, device, values, gradient, `requires_grad` and hooks; in between none has a gradient;
 - the values of NumPy arrays, where they can be written to;
 - random generators, and the global random states;
 - autocast, for a Learner.
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from channelslast.devices import training_device
 from channelslast.precision import AutocastState
-from channelslast.restore.parts import save_array, save_gradient, save_items, save_values
-from channelslast.restore.reach import Node, Reached, Saved, words
+from channelslast.restore.parts import Restore, save_array, save_gradient, save_items, save_values
+from channelslast.restore.reach import Node, Reached, Saved, path_to
 
 __all__ = ["unchanged_learner", "unchanged_modules", "unchanged_tensors"]
 
@@ -58,7 +58,7 @@ def unchanged_learner(
     learn: Learner,
     values: bool = True,  # False: what is written into tensors, arrays and large containers stays: no copy of them
 ) -> Iterator[Callable[[], None]]:
-    """Put `learn`, what it reaches and the random states back afterwards; gives a function that puts tensors back.
+    """Put `learn`, what it reaches and the random states back afterwards; yield a function that puts tensors back.
 
     In between it trains with its own callbacks, but for the progress bar; trackers and loggers write nothing. A data
     set that is a stream does not go back. With `values=False` tensors keep the values, memory and strides that they
@@ -85,6 +85,7 @@ def unchanged_tensors(
 
 
 def _is_loud(cb: Callback) -> bool:
+    "Whether `cb` shows or logs what happens, also where the Learner says that it only tries something out."
     return isinstance(cb, ProgressCallback) or type(cb).__module__ in _LOGGERS
 
 
@@ -95,23 +96,24 @@ class _Saved:
         self,
         roots: list[tuple[str, Any]],  # with the name that an error gives them
         values: bool = True,  # with the values and memory of tensors, arrays and large containers
-        opaque: Iterable[Any] = (),  # not to look into
+        opaque: Iterable[Any] = (),  # of which the attributes come back, but nobody looks into them
     ):
         reached = Reached(roots, opaque, n_most=10_000 if values else 1_000)
-        self.values, large = [], []
+        self.values: list[Saved] = []
+        large = []
         if values:
-            self.values = [(node, save_values(node[0])) for node in reached.tensors]
-            large = [(node, save_array(node[0])) for node in reached.arrays]
-            large += [(node, save_items(node[0], base)[0]) for node, base in reached.large_containers]
-        leaves = [node for node in reached.tensors if node[0].is_leaf and (values or _can_train(node[0]))]
-        self.leaves = [node[0] for node in leaves]
-        gradients = [(node, save_gradient(node[0])) for node in leaves]
+            self.values = [(node, save_values(node.value)) for node in reached.tensors]
+            large = [(node, save_array(node.value)) for node in reached.arrays]
+            large += [(node, save_items(node.value, base)[0]) for node, base in reached.large_containers]
+        leaves = [node for node in reached.tensors if node.value.is_leaf and (values or _can_train(node.value))]
+        self.leaves = [node.value for node in leaves]
+        gradients = [(node, save_gradient(node.value)) for node in leaves]
         # A gradient last, for it has to be of the device and dtype of its tensor
         self.all: list[Saved] = [*reached.saved, *self.values, *large, *gradients]
         self.add("the random states", partial(set_random_states, **get_random_states()))
 
-    def add(self, name: str, function: Callable[[], None]) -> None:
-        self.all.append(((None, None, "", name), (function,)))
+    def add(self, name: str, restore: Restore) -> None:
+        self.all.append((Node(None, None, "", name), restore))
 
     @contextmanager
     def put_back_afterwards(self) -> Iterator[None]:
@@ -124,7 +126,7 @@ class _Saved:
             finally:
                 failed = _put_back(self.all)
         except BaseException as error:
-            failed = _put_back(self.all)  # once more: it may be an interrupt of the first time
+            failed = _put_back(self.all)  # once more: `error` may be an interrupt that came while things were put back
             if failed:
                 error.add_note(_message(failed))
             raise
@@ -142,17 +144,17 @@ def _can_train(tensor: Tensor) -> bool:
 
 
 def _put_back(saved: list[Saved]) -> list[tuple[Node, Exception]]:
-    "Put it all back, and return what failed with the reason."
+    "Put all of it back; return what failed, each with its exception."
     failed = []
-    for node, (function, *args) in saved:
+    for node, restore in saved:
         try:
-            function(*args)
+            restore()
         except Exception as error:
             failed.append((node, error))
     return failed
 
 
 def _message(failed: list[tuple[Node, Exception]]) -> str:
-    shown = [f"{words(node)} ({type(reason).__name__}: {reason})" for node, reason in failed[:5]]
+    shown = [f"{path_to(node)} ({type(reason).__name__}: {reason})" for node, reason in failed[:5]]
     more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
     return f"channelslast could not put back {', '.join(shown)}{more}"

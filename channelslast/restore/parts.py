@@ -1,12 +1,13 @@
 """Save one thing, as the values of a tensor or the attributes of an object.
 
-Each function gives what puts it back: another function and what to call that with, which may be done twice.
+Each function returns another one, which puts the thing back and may be called twice.
 """
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from operator import is_, setitem
 from types import MemberDescriptorType
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = [
     "save_values",
 ]
 
-Restore = tuple  # a function, and what to call it with
+Restore = Callable[[], None]  # puts a thing back
 
 CONTAINERS = (OrderedDict, dict, list, set, deque)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -35,9 +36,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_values(tensor: Tensor) -> Restore:
-    "The memory of `tensor`, and what is in it, copied to the CPU."
+    "Save which memory `tensor` has, and a copy of its values on the CPU."
     values = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
-    return _put_values_back, tensor, tensor.data, values
+    return partial(_put_values_back, tensor, tensor.data, values)
 
 
 @torch.no_grad()
@@ -45,33 +46,36 @@ def _put_values_back(tensor: Tensor, data: Tensor, values: Tensor | None) -> Non
     tensor.data = data
     if values is None:
         return
-    # Memory of a mapped file cannot be written to, but is as it was. Compared on the CPU, for a GPU may be full.
+    # Written only if it differs, for memory of a mapped file cannot be. Compared on the CPU, for a GPU may be full.
     if not _has_bits(values):
         data.copy_(values)
     elif not torch.equal(_bits(values), _bits(data.to("cpu"))):
-        once = tuple(slice(1 if stride == 0 else None) for stride in data.stride())  # where it is expanded
+        # of an expanded dimension, whose values are one in memory, the first alone
+        once = tuple(slice(1 if stride == 0 else None) for stride in data.stride())
         data[once].copy_(values[once])
 
 
 def _has_bits(tensor: Tensor) -> bool:
+    "Whether `_bits` takes `tensor`."
     is_strided = tensor.layout == torch.strided and not tensor.is_nested
     has_memory = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return is_strided and has_memory and not tensor.is_quantized and not tensor.is_complex()
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    "`tensor` as integers, so that NaN equals itself and 0.0 is not -0.0."
+    "Return `tensor` as integers, so that NaN equals itself and 0.0 is not -0.0."
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 def save_array(array: np.ndarray) -> Restore:
-    return setitem, array, ..., array.copy()
+    return partial(setitem, array, ..., array.copy())
 
 
 def save_gradient(tensor: Tensor) -> Restore:
-    "The gradient of a leaf tensor, whether it needs one, and its hooks."
+    "Save the gradient of a leaf tensor, its `requires_grad`, and its hooks."
     hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # dicts, or None
-    return _put_gradient_back, tensor, tensor.grad, tensor.requires_grad, hooks, [each and dict(each) for each in hooks]
+    items = [each and dict(each) for each in hooks]
+    return partial(_put_gradient_back, tensor, tensor.grad, tensor.requires_grad, hooks, items)
 
 
 def _put_gradient_back(
@@ -95,9 +99,9 @@ def save_items(
     container: Any,
     base: type,  # of its class, one of `CONTAINERS`: a subclass may have methods of its own
 ) -> tuple[Restore, Any]:
-    "Gives a plain list or dict of them too."
+    "Return a plain list or dict of the items too."
     items = _items(container, base)
-    return (_put_items_back, container, base, items), items
+    return partial(_put_items_back, container, base, items), items
 
 
 def _items(container: Any, base: type) -> Any:
@@ -128,14 +132,14 @@ def save_attributes(
     obj: Any,
     slots: Sequence[MemberDescriptorType],  # of its class
 ) -> tuple[Restore, list[tuple[str, Any]]]:
-    "Gives names and values of the attributes too."
+    "Return names and values of the attributes too."
     in_dict = vars(obj).copy() if type(obj).__dictoffset__ else {}
     in_slots = {}
     for slot in slots:
         with suppress(AttributeError):  # not set
             in_slots[slot] = slot.__get__(obj)
     pairs = [*in_dict.items(), *((slot.__name__, value) for slot, value in in_slots.items())]
-    return (_put_attributes_back, obj, in_dict, slots, in_slots), pairs
+    return partial(_put_attributes_back, obj, in_dict, slots, in_slots), pairs
 
 
 def _put_attributes_back(
@@ -155,8 +159,8 @@ def save_generator(
     generator: Any,  # one of `GENERATORS`
 ) -> Restore:
     if isinstance(generator, random.Random):
-        return generator.setstate, generator.getstate()
+        return partial(generator.setstate, generator.getstate())
     if isinstance(generator, (np.random.RandomState, torch.Generator)):
-        return generator.set_state, generator.get_state()
+        return partial(generator.set_state, generator.get_state())
     bits = generator.bit_generator
-    return setattr, bits, "state", bits.state
+    return partial(setattr, bits, "state", bits.state)
