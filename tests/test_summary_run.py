@@ -468,7 +468,7 @@ class SkipsTwo(Callback):
 
 
 def test_first_steps_that_a_callback_cancels(new_learner, monkeypatch):
-    monkeypatch.setattr("channelslast.summary.learner.use_profiler", lambda profile, device: True)  # takes five steps
+    monkeypatch.setattr("channelslast.summary.learner.choose_profile", lambda profile, device: True)  # takes five steps
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     learn = new_learner(thrashing_model, cbs=SkipsTwo())
     summary = learn.to_channelslast(use_amp=False).format_summary()

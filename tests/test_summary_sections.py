@@ -161,7 +161,7 @@ def test_nested_outputs(pack):
     with FormatTracer(model) as tracer:
         output = model(images(2, 3, 8, 8))
         first = output.out if isinstance(output, Outputs) else output["out"] if isinstance(output, dict) else output[0]
-        tracer.own_loss(first.sum())
+        tracer.claim_loss(first.sum())
         (first * images(2, 8, 6, 6)).sum().backward()
     assert losers(tracer) == {"heads": ("forward", "backward")}
 
@@ -279,7 +279,7 @@ def test_loss_with_a_gradient_inside_belongs_to_the_loss():
         output = model(images(2, 3, 8, 8))
         (gradient,) = torch.autograd.grad(output.sum(), model[0].weight, create_graph=True)
         loss = output.contiguous().softmax(1).sum() + gradient.square().sum()
-        tracer.own_loss(loss)
+        tracer.claim_loss(loss)
         loss.backward()
     assert losers(tracer) == {}
     assert events(tracer, module="(loss)", phase="forward", kind="converted")

@@ -47,7 +47,7 @@ def trace(model, *inputs, channels_last=True):
         memory_format = FORMATS.get(output.ndim) if channels_last else None
         gradient = torch.randn_like(output, memory_format=memory_format or torch.contiguous_format)
         loss = (output * gradient).sum()
-        tracer.own_loss(loss)
+        tracer.claim_loss(loss)
         loss.backward()
     return tracer
 

@@ -29,7 +29,7 @@ def gpu_shares(
     events: Any,  # of torch.profiler, of one step
     seconds: float,  # that a step takes without the profiler
 ) -> GpuShares:
-    "Add up the kernels among `events`; those that overlap, on several streams, are busy once."
+    "Return the shares of the kernels among `events`; time in which several run, on several streams, is busy once."
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in kernels)
     busy, covered_until = 0.0, float("-inf")

@@ -13,7 +13,7 @@ from channelslast.summary.images import Image
 from channelslast.summary.sections import Section
 from channelslast.tensors import format_of
 
-__all__ = ["Graph", "Taken"]
+__all__ = ["AutogradGraph", "Taken"]
 
 Edge = tuple[Node, int]  # where a tensor was made: the node, and which of its outputs the tensor is
 
@@ -27,7 +27,7 @@ class Taken(NamedTuple):
     image: Image
 
 
-class Graph:
+class AutogradGraph:
     """Autograd's graph, as far as the model's sections made it.
 
     (PyTorch's `ModuleTracker` keeps the modules of parallel branches active side by side in the backward pass, and
@@ -36,7 +36,7 @@ class Graph:
 
     def __init__(
         self,
-        hooks: ExitStack,  # takes them off
+        hooks: ExitStack,  # takes the hooks on nodes off
         on_gradient: Callable[[Section, Tensor], None],  # called with what a section hands on to what was channels last
     ):
         self.section: Section | None = None  # whose node runs, in a backward pass
@@ -65,7 +65,7 @@ class Graph:
         return remembered
 
     def claim(self, values: Any, section: Section | None) -> list[Node]:
-        "Say that the nodes behind `values` that are nobody's yet are those of `section`; return them."
+        "Give `section`, None for code before the model, the nodes behind `values` that are nobody's yet; return them."
         new = []
         todo = [tensor.grad_fn for tensor in tensors_in(values) if tensor.grad_fn is not None]
         while todo:
@@ -83,7 +83,7 @@ class Graph:
         self.section = section
 
     def taken_by(self, nodes: list[Node]) -> list[Taken]:
-        "The images that these nodes of one section read, and that others made."
+        "Return the images that these nodes, all those of one section, read, and that others made."
         own = set(nodes)
         return [
             Taken(edge, node, index, self._images[edge])

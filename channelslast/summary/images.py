@@ -38,20 +38,20 @@ class ImageShapes:
             self._shapes.add(result.shape)
 
     def _is_image(self, tensor: Tensor) -> bool:
-        "In channels last lie images, and weights. The tokens of attention, as (B, heads, N, C), do not."
+        "Whether it has an image's shape, or is channels last, as attention's (B, heads, N, C) never is, and no weight."
         if tensor.shape in self._shapes:
             return True
         return format_of(tensor) == "channels last" and not self.is_weight(tensor)
 
     def is_weight(self, tensor: Tensor) -> bool:
-        "Whether it has the shape of a weight, and so may be one, or its gradient."
+        "Whether it has the shape of a weight, and so may be one, or the gradient of one."
         return tensor.shape in self._weights
 
 
 def may_come_of(
     shape: torch.Size,
     others: Iterable[torch.Size],
-    or_reshaped: bool = False,  # with as many values, as pixel shuffle trades channels for pixels
+    or_reshaped: bool = False,  # also if it has as many values: pixel shuffle trades channels for pixels
 ) -> bool:
     "Whether an image of `shape` may come of one of the others: it has the same channels, or the same pixels."
     for other in others:

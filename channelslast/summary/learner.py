@@ -14,7 +14,7 @@ from channelslast.devices import training_device
 from channelslast.fit import FitDone
 from channelslast.graphs import CudaGraph
 from channelslast.restore import unchanged_learner
-from channelslast.summary.observe import Observer, use_profiler
+from channelslast.summary.observe import Observer, choose_profile
 from channelslast.summary.result import FormatSummary
 
 
@@ -27,13 +27,14 @@ def format_summary(
 
     The step is the Learner's own: its callbacks, precision and loss, forward and backward, without that of the
     optimizer. Afterwards the Learner is as before, also when the step raises; trackers and loggers write nothing. (Data
-    that come as a stream, without a way back, go on one batch later.) A model that is compiled, or
-    replayed as a CUDA graph, runs as it was written.
+    that come as a stream, without a way back, go on one batch later.) A model that is compiled, or replayed as a CUDA
+    graph, runs as it was written.
 
     Where the model calls `.view` on channels last activations the summary says so in `error`. Any other exception is
-    the Learner's own.
+    the Learner's own. Raises `ValueError` if there is no batch or a callback cancels it, for lazy parameters, and for
+    `profile=True` without a GPU.
     """
-    observer = Observer(use_profiler(profile, training_device(self)))
+    observer = Observer(choose_profile(profile, training_device(self)))
     with unchanged_learner(self), torch.compiler.set_stance("force_eager"), observer.during_step:
         self.cbs = L(cb for cb in self.cbs if not isinstance(cb, CudaGraph))  # in a replay there is nothing to watch
         try:
@@ -63,7 +64,7 @@ class _ObservedSteps(Callback):
         self.observer.begin(get_model(self.model), self.xb)
 
     def before_backward(self):
-        self.observer.own_loss(self.learn.loss_grad)
+        self.observer.claim_loss(self.learn.loss_grad)
 
     def after_backward(self):
         raise CancelBatchException()
@@ -75,6 +76,7 @@ class _ObservedSteps(Callback):
 
 
 def _first_batch(dl: Any) -> Any:
+    "Return a batch of `dl`, loaded by this process for itself."
     distributed = sys.modules.get("fastai.distributed")  # cannot be imported without Accelerate
     if distributed and isinstance(dl, distributed.DistributedDL):
         dl = dl.dl  # that of this process alone

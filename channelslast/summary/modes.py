@@ -14,8 +14,7 @@ __all__ = ["HigherOrderMode", "OperatorMode"]
 class OperatorMode(TorchDispatchMode):
     "Runs each operator by `run`."
 
-    # Those that nobody sees through (there is no plain code, or a mode of the model's own lies on top) run as they are.
-    # (The attribute counts from PyTorch 2.9 on.)
+    # Higher-order operators that `HigherOrderMode` leaves run as they are. (PyTorch reads this from 2.9 on.)
     supports_higher_order_operators = True
 
     def __init__(self, run: Callable[[Any, tuple, dict], Any]):
@@ -29,11 +28,11 @@ class OperatorMode(TorchDispatchMode):
 
 
 class HigherOrderMode(TorchFunctionMode):
-    """Runs higher-order operators as the plain code that they stand for, below a mode that watches its operators.
+    """Runs higher-order operators as the plain code that they stand for, and has `watching` see what that runs.
 
-    `torch.cond` calls one of its functions, `while_loop` one again and again, in code that PyTorch has for where there
-    is neither a compiler nor a mode. With autograd on it gives the gradients of a plain step. What PyTorch does instead
-    under a mode, it traces those functions with fake tensors, which fails where they use a module's weights.
+    Where there is neither a compiler nor a mode, PyTorch runs `torch.cond` and `while_loop` in Python: it calls the
+    functions that they are given, with the gradients of a plain step. Below a mode it would trace these functions with
+    fake tensors instead, which fails if they use a module's weights.
     """
 
     def __init__(self, watching: TorchDispatchMode):
@@ -54,11 +53,12 @@ class HigherOrderMode(TorchFunctionMode):
             self.watching.__enter__()
 
     def _is_innermost(self) -> bool:
-        "Whether no mode of the model's own lies on top. It would be taken off in the place of ours."
+        "Whether ours is the innermost mode: leaving it would else take off one of the model's own."
         innermost = getattr(_python_dispatch, "_get_current_dispatch_mode", lambda: self.watching)
         return innermost() is self.watching
 
     def _watched(self, arg: Any) -> Any:
+        "Return `arg`, a function as one that is watched again while it runs."
         if not callable(arg) or isinstance(arg, Tensor):
             return arg
 
@@ -74,6 +74,6 @@ def _is_higher_order(func: Any) -> bool:
 
 
 def _plain_code(higher_order: Any) -> Callable[..., Any] | None:
-    "What PyTorch calls for the operator in the end, where it calls Python."
+    "Return the Python function that PyTorch calls for the operator without compiler or mode, if there is one."
     kernels = getattr(higher_order, "py_kernels", {})
     return next((kernel for key, kernel in kernels.items() if key.name == "CompositeExplicitAutograd"), None)

@@ -11,10 +11,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.module_tracker import ModuleTracker
 
-from channelslast.summary.graph import Graph
+from channelslast.summary.graph import AutogradGraph
 from channelslast.summary.images import Image
 from channelslast.summary.records import OUTSIDE, Where
-from channelslast.summary.sections import Losses, Section
+from channelslast.summary.sections import LossyOperators, Section
 from channelslast.tensors import images_in
 
 __all__ = ["Call", "EndedSection", "Modules", "Running", "modules_as_written"]
@@ -31,8 +31,8 @@ class Running(NamedTuple):
         return Where(self.section.module if self.section else OUTSIDE, self.phase)
 
     @property
-    def losses(self) -> Losses | None:
-        return self.section.losses[self.phase] if self.section else None
+    def lossy_operators(self) -> LossyOperators | None:
+        return self.section.lossy_operators[self.phase] if self.section else None
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Call:
     section: Section  # the one that runs, or is interrupted by another module
     has_children: bool = False  # it has called other modules
     has_lost: bool = False  # it, or one inside, has lost channels last
-    # A module inside ran without a graph since the section began, as in a checkpoint: what this one took is not known
+    # What its section took is not known, for a module inside has run without a graph since then, as in a checkpoint
     is_blind: bool = False
 
 
@@ -59,12 +59,12 @@ class EndedSection(NamedTuple):
 
 
 class Modules:
-    "The modules that are running, by hooks on them."
+    "Knows which modules are running, by hooks on all of them."
 
     def __init__(
         self,
         model: nn.Module,
-        graph: Graph,
+        graph: AutogradGraph,
         on_inputs: Callable[[list[Tensor]], None],  # called with the images that come from outside the model
         on_end: Callable[[EndedSection], None],  # called at the end of each section of the forward pass
     ):
@@ -78,16 +78,17 @@ class Modules:
 
     @property
     def running(self) -> Running:
+        "Whose code runs now."
         if self._calls:
             return Running(self._calls[-1].section, "forward")
-        if self._tracker.is_bw and self._graph.section:  # in the backward pass
+        if self._tracker.is_bw and self._graph.section:  # `is_bw`: in a backward pass
             return Running(self._graph.section, "backward")
         return Running(None, "forward")
 
     def add_hooks(self, hooks: ExitStack) -> None:
         "Put hooks on all modules, for `hooks` to take off."
 
-        # Functions, for a copy of a module has its hooks too: it shares them, where it would copy a method's object
+        # Functions, no methods: a deep copy of a module shares these hooks, but of a method it would copy `self` too
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._enter(module, (args, kwargs))
 
@@ -110,8 +111,8 @@ class Modules:
             hooks.callback(register_module_forward_pre_hook(before_script).remove)
             hooks.callback(register_module_forward_hook(after_script, always_call=True).remove)
 
-    def note_loss(self) -> None:
-        "Note that the innermost module loses channels last: those around it need not be searched for another reason."
+    def note_loser(self) -> None:
+        "Note that the innermost module loses channels last, so that those around it are not blamed for it."
         for call in self._calls:
             call.has_lost = True
 
@@ -131,9 +132,10 @@ class Modules:
 
     def _leave(self, module: nn.Module, output: Any) -> None:
         name = self._names.get(id(module))
-        if name not in [call.module for call in self._calls]:  # a copy, or a hook of the caller's raised before ours
+        # not there: it is a copy, or a hook of somebody else raised before ours was called
+        if name not in [call.module for call in self._calls]:
             return
-        while self._calls[-1].module != name:  # ended by what is no `Exception`, after which no hook runs
+        while self._calls[-1].module != name:  # it ended by a BaseException, after which no hook runs
             self._calls.pop()
         self._end_section(output, is_last=True)
         self._graph.remember(images_in(output))
@@ -142,18 +144,18 @@ class Modules:
             self._calls[-1].is_blind = True
 
     def _end_section(self, values: Any, is_last: bool) -> None:
-        "The innermost module hands `values` on, to a module inside or, at last, to the one around it."
+        "End the section that runs: it hands `values` on, to a module inside or, at last, to the one around."
         call = self._calls[-1]
         images = images_in(values)
         nodes = self._graph.claim(values, call.section)
         taken = self._graph.taken_by(nodes)
         took = [each.image for each in taken]
-        if is_last and not call.has_children:  # the only section took all that the module did, with or without a graph
+        if is_last and not call.has_children:  # it is the only section, which took all that the module took
             took += call.inputs
         if call.is_blind:
             took = []
         own = set(nodes)
-        made = [tensor for tensor in images if not own or tensor.grad_fn in own]  # without a graph, all of them
+        made = [tensor for tensor in images if not own or tensor.grad_fn in own]  # all of them where there is no graph
         self._on_end(EndedSection(call, took, images, made, is_last))
         if nodes:
             self._graph.watch_gradients(call.section, made, taken)
@@ -165,7 +167,10 @@ class Modules:
 def modules_as_written(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module]]:
-    "Its `named_modules`; the wrapper that `torch.compile` puts around a module has the name of that module, before it."
+    """Yield the `named_modules` of `model` by the names that they have without `torch.compile`.
+
+    A wrapper of its comes first, under the name of the module inside, so that a dict of names has the latter.
+    """
     for name, module in model.named_modules():
         yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 

@@ -13,17 +13,18 @@ from channelslast.nested import tensors_in
 from channelslast.summary.gpu import GpuShares, gpu_shares
 from channelslast.summary.modules import modules_as_written
 from channelslast.summary.records import OUTSIDE
-from channelslast.summary.result import FormatSummary, dtype_name
+from channelslast.summary.result import FormatSummary, dtype_name, quoted
 from channelslast.summary.tracer import FormatTracer
 from channelslast.tensors import format_of
 
-__all__ = ["Observer", "device_of", "use_profiler"]
+__all__ = ["Observer", "choose_profile", "device_of"]
 
 
 class Observer:
-    """Traces the first of `n_steps` training steps; with `profile` times the three that follow and profiles a fifth.
+    """Traces the first of `n_steps` training steps; with `profile` times the next three, and profiles a fifth.
 
-    Each step lies between `begin` and `end`. Where one raises, `during_step` has to be closed.
+    (The first of the three, which takes longer, does not count.) Each step lies between `begin` and `end`, which wait
+    for the GPU in all but the first. Where a step raises, `during_step` has to be closed.
     """
 
     def __init__(self, profile: bool):
@@ -45,21 +46,22 @@ class Observer:
         return self.n_steps > 1 and self._n_ended == self.n_steps - 1
 
     def begin(self, model: nn.Module, inputs: Any) -> None:
+        "Begin a step of `model` on `inputs`."
         self._has_begun = True
         if self._is_first:
-            self._look_at(model, tensors_in(inputs))
+            self._note_facts(model, tensors_in(inputs))
             self.tracer = FormatTracer(model)
             self.during_step.push(self.tracer)  # to leave it once more where an interrupt hits the leaving
             self.during_step.enter_context(self.tracer)
             return
-        model.zero_grad()  # else gradients would add up, which takes time
+        model.zero_grad()  # to add gradients up would take time
         torch.cuda.synchronize(self._device)
         if self._is_profiled:
             profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
             self._profiler = self.during_step.enter_context(profiler)
         self._started = time.perf_counter()
 
-    def _look_at(self, model: nn.Module, inputs: list[Tensor]) -> None:
+    def _note_facts(self, model: nn.Module, inputs: list[Tensor]) -> None:
         self._device = device_of(model, inputs)
         self._modules = dict(modules_as_written(model))
         dtype = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
@@ -73,13 +75,14 @@ class Observer:
             "unconverted": _unconverted(model, inputs),
         }
 
-    def own_loss(self, loss: Tensor) -> None:
-        "Tell the loss function from the model, as `FormatTracer.own_loss` does."
+    def claim_loss(self, loss: Tensor) -> None:
+        "Call `FormatTracer.claim_loss` in the step that is traced."
         if self._is_first:
-            self.tracer.own_loss(loss)
+            self.tracer.claim_loss(loss)
 
     def end(self) -> None:
-        if not self._has_begun:  # a callback cancelled the batch before
+        "End the step, if one has begun."
+        if not self._has_begun:  # a callback cancelled the batch before its step began
             return
         self._has_begun = False
         if not self._is_first:
@@ -92,7 +95,7 @@ class Observer:
         self._n_ended += 1
 
     def stopped_by(self, error: RuntimeError) -> bool:
-        "Whether `error` is that of `.view` on channels last activations, which the summary then tells."
+        "Whether `error` is of a `.view` on channels last activations; if so, the summary will say so."
         if self.tracer is None or not self.tracer.raised(error):
             return False
         self._error = self._view_advice(*self.tracer.error)
@@ -101,8 +104,7 @@ class Observer:
     def _view_advice(self, module: str, op: str, message: str) -> str:
         where = "the code outside the model"
         if module in self._modules:
-            where = f"`{module}`" if module else "the model itself"
-            where += f" {type(self._modules[module]).__name__}"
+            where = f"{quoted(module)} {type(self._modules[module]).__name__}"
         message = message.split(". Use ")[0]
         return (
             f"The step stopped in {where}: `{op}` raises on channels last activations ({message}); write `.reshape` "
@@ -110,6 +112,7 @@ class Observer:
         )
 
     def summary(self) -> FormatSummary:
+        "Return what the steps showed."
         tracer = self.tracer
         share = tracer.channels_last_share
         return FormatSummary(
@@ -128,17 +131,20 @@ def device_of(
     model: nn.Module,
     inputs: list[Tensor],
 ) -> torch.device:
-    "The device of the weights, or else of the inputs. (The first of these may be one of lengths, on the CPU.)"
+    "Return the device of the weights, or else of the inputs. (An input may be one of lengths, on the CPU.)"
     for tensor in (*model.parameters(), *inputs):
         return tensor.device
     return torch.device("cpu")
 
 
-def use_profiler(
+def choose_profile(
     profile: bool | None,  # None: on CUDA
     device: torch.device,
 ) -> bool:
-    "Whether to time the kernels of `device`. Raises where that cannot be, and for a device that runs nothing."
+    """Return whether to time the kernels of `device`.
+
+    Raises `TypeError` if `profile` is no bool, `ValueError` if there are no kernels to time or nothing runs there.
+    """
     if device.type == "meta":
         raise ValueError("The model is on the device 'meta', where nothing runs: move it to the one to train on")
     if profile is None:

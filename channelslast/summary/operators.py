@@ -53,7 +53,10 @@ class Written(NamedTuple):
 
 
 class Operator:
-    "An operator that has run, with the images among its operands."
+    """An operator that has run, with the images among its operands.
+
+    Ask a convolution (`is_convolution`) by its own methods, every other operator by `written` and `slices`.
+    """
 
     def __init__(self, func: Any, args: tuple, kwargs: dict, result: Any):  # of `__torch_dispatch__`
         self.name = str(func.overloadpacket)  # as 'aten.clone'
@@ -64,14 +67,14 @@ class Operator:
         self._is_pointwise = torch.Tag.pointwise in func.tags and not self.is_copy
         self._args, self._kwargs, self._result = args, kwargs, result
 
-    # Any but a convolution
+    # Every operator but a convolution
 
     def written(self) -> list[Written]:
-        "The images among its results that are no views."
+        "Return the images among its results that are no views."
         return [self._written(image) for image in self._results() if not self._is_view(image)]
 
     def slices(self) -> list[Tensor]:
-        "The images among its results that are part of its first operand."
+        "Return the images among its results that are a part of its first operand."
         return [image for image in self._results() if self._is_view(image)] if self._short_name in _SLICES else []
 
     def _results(self) -> list[Tensor]:
@@ -107,7 +110,7 @@ class Operator:
     # A convolution, forward or backward: its last two operands are its input and its weight
 
     def relaid(self) -> list[Tensor]:
-        """The operands that a convolution must re-lay inside its kernel.
+        """Return the operands that a convolution must re-lay inside its kernel.
 
         It works in channels last where its input or its weight is, and in contiguous else: the rule of
         `cudnn_conv_suggest_memory_format` and `mkldnn_conv_use_channels_last` in PyTorch's `ATen/native/ConvUtils.h`.
@@ -117,13 +120,13 @@ class Operator:
         return [operand for operand in self.operands if format_of(operand) not in (None, works_in)]
 
     def convolved(self) -> Tensor | None:
-        "The image that it wrote, or the gradient of one. (The other gradients are those of the weight and the bias.)"
+        "Return the image that it wrote; of a backward pass the gradient of its input, None if that needs none."
         return self._result if isinstance(self._result, Tensor) else self._result[0]
 
     def padded_channels(self, input_channels: set[int]) -> tuple[int, int] | None:
-        """The channels in and out of a half precision convolution that cuDNN pads to multiples of 8; None else.
+        """Return channels in and out of a half precision convolution if cuDNN pads them to multiples of 8, else None.
 
-        Those of the model's own images (`input_channels`) do not count: nobody chooses the 3 of RGB.
+        Channels in that the model's own images have (`input_channels`) are no reason: nobody chooses the 3 of RGB.
         """
         is_forward = isinstance(self._result, Tensor)
         if not is_forward or self.operands[-2].dtype not in _HALF or self._args[_GROUPS] != 1:
@@ -136,7 +139,7 @@ class Operator:
 def memory_of(
     tensor: Tensor,
 ) -> int:
-    "The same number for tensors in the same memory."
+    "Return a number that is the same for tensors in the same memory."
     return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
 
 

@@ -42,20 +42,21 @@ class FormatEvent:
 
 @dataclass
 class LayerFormat:
-    "What one module's own operators wrote: bytes of 4D and 5D tensors by phase and format, and where it loses it."
+    "What one module's own operators wrote, in bytes of images by phase and format, and where it loses channels last."
 
     module: str
     cls: str
-    nbytes: dict[tuple[str, str], int] = field(default_factory=dict)  # {(phase, what `format_of` tells): bytes}
+    nbytes: dict[tuple[str, str], int] = field(default_factory=dict)  # {(phase, 'channels last' or 'contiguous'): n}
     loses_in: tuple[str, ...] = ()  # phases in which it takes channels last and hands contiguous on
 
     def share(
         self,
         phase: str,  # 'forward' or 'backward'
     ) -> float | None:
-        "The share of bytes in channels last, None where it wrote no image."
-        last, contiguous = self.nbytes.get((phase, "channels last"), 0), self.nbytes.get((phase, "contiguous"), 0)
-        return last / (last + contiguous) if last + contiguous else None
+        "Return the share of bytes in channels last, between 0 and 1; None if it wrote no image."
+        channels_last = self.nbytes.get((phase, "channels last"), 0)
+        total = channels_last + self.nbytes.get((phase, "contiguous"), 0)
+        return channels_last / total if total else None
 
     @property
     def contiguous_nbytes(self) -> int:
@@ -85,7 +86,7 @@ class Records:
         return (total - contiguous) / total if total else None
 
     def add_event(self, where: Where, kind: str, tensor: Tensor, op: str | None = None) -> None:
-        "Say that `op`, or else the last operator there, did this to `tensor`."
+        "Add an event about `tensor`: of `op`, or if it is None of the last operator that wrote a tensor there."
         op = self._last_op.get(where, "") if op is None else op
         cls = self._classes.get(where.module, "loss")
         key = where.module, cls, where.phase, op, kind, tuple(tensor.shape), tensor.dtype
@@ -93,14 +94,14 @@ class Records:
         entry[0] += 1
         entry[1] += tensor.nbytes
 
-    def add_loss(self, where: Where) -> None:
-        "Say that a module takes channels last and hands contiguous on."
+    def mark_loser(self, where: Where) -> None:
+        "Note that a module takes channels last and hands contiguous on."
         layer = self._layer(where.module)
         if where.phase not in layer.loses_in:
             layer.loses_in = (*layer.loses_in, where.phase)
 
     def set_last_op(self, where: Where, op: str) -> None:
-        "Say that `op` wrote a tensor."
+        "Note that `op` wrote a tensor there."
         self._last_op[where] = op
 
     def count(self, where: Where, image: Tensor) -> int:
@@ -118,7 +119,7 @@ class Records:
             self.layers[where.module].nbytes[where.phase, format_of(image)] -= nbytes
 
     def count_if_first(self, where: Where, image: Tensor) -> None:
-        "Count an image that is a view of what an operator wrote, where none of the module's operators wrote an image."
+        "Count an image that a module hands on if its operators wrote tensors but no image: it is a view of one."
         if where in self._last_op and where.module != OUTSIDE and self._layer(where.module).share(where.phase) is None:
             self.layers[where.module].nbytes[where.phase, format_of(image)] = image.nbytes
 

@@ -15,7 +15,7 @@ from channelslast.summary.hints import UNCONVERTED, average_hint, hints_for
 from channelslast.summary.picture import plot_layers
 from channelslast.summary.records import FormatEvent, LayerFormat
 
-__all__ = ["FormatSummary", "dtype_name"]
+__all__ = ["FormatSummary", "dtype_name", "quoted"]
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _KINDS = {
@@ -80,7 +80,7 @@ class FormatSummary:
         words = f"{_percent(share)} of activations and gradients {'stay' if share > 0.5 else 'are'} channels last; "
         if not losers:
             return words + f"{self._all_keep_it()}.{self._most_contiguous()}{self._heaviest_relaid()}"
-        named = [f"{_quoted(layer.module)} {layer.cls} ({', '.join(layer.loses_in)})" for layer in losers[:_N_NAMES]]
+        named = [f"{quoted(layer.module)} {layer.cls} ({', '.join(layer.loses_in)})" for layer in losers[:_N_NAMES]]
         if len(losers) > _N_NAMES:
             named.append(f"and {len(losers) - _N_NAMES} more")
         verb = "loses" if len(losers) == 1 else "lose"
@@ -95,7 +95,7 @@ class FormatSummary:
         worst = max(self.layers, key=lambda layer: layer.contiguous_nbytes)
         if self.channels_last_share > 0.9 or not worst.contiguous_nbytes:
             return ""
-        return f" Most of the rest is contiguous inside {_quoted(worst.module)} {worst.cls}."
+        return f" Most of the rest is contiguous inside {quoted(worst.module)} {worst.cls}."
 
     def _heaviest_relaid(self) -> str:
         hidden = [event for event in self.events if event.kind == "hidden"]
@@ -106,7 +106,7 @@ class FormatSummary:
         which = "1 convolution gets" if modules == 1 else f"{modules} convolutions get"
         return (
             f" {which} an input, weight or gradient in the other format, to be converted on every call; the heaviest, "
-            f"of {worst.nbytes / 1e6:.2g} MB, in the {worst.phase} pass of {_quoted(worst.module)}."
+            f"of {worst.nbytes / 1e6:.2g} MB, in the {worst.phase} pass of {quoted(worst.module)}."
         )
 
     @property
@@ -116,13 +116,13 @@ class FormatSummary:
         lossy = {(layer.module, phase) for layer in self.layers for phase in layer.loses_in}
         found += hints_for([event for event in self.events if (event.module, event.phase) in lossy], self.device)
         if self.dense_gradients and self.events:
-            found.append(average_hint([_quoted(name) for name in self.dense_gradients]))
+            found.append(average_hint([quoted(name) for name in self.dense_gradients]))
         return found
 
     def _notes(self) -> list[str]:
         notes = [f"Hint: {hint}." for hint in self.hints]
         if self.padded_convs and self.device.startswith("cuda"):  # cuDNN's
-            named = [f"{_quoted(name)} ({c_in} to {c_out})" for name, (c_in, c_out) in self.padded_convs.items()]
+            named = [f"{quoted(name)} ({c_in} to {c_out})" for name, (c_in, c_out) in self.padded_convs.items()]
             more = f", and {len(named) - 8} more" if len(named) > 8 else ""
             notes.append(
                 "Channels not a multiple of 8, which cuDNN pads on every call in half precision: "
@@ -209,7 +209,7 @@ class FormatSummary:
 
 
 def _to_text(table: pd.DataFrame) -> str:
-    "pandas' own text, but for words to the left."
+    "Return pandas' own text, but with words aligned to the left."
     columns = {}
     for name, column in table.items():
         if name in ("n", "MB"):
@@ -223,16 +223,19 @@ def _to_text(table: pd.DataFrame) -> str:
 def dtype_name(
     dtype: torch.dtype,
 ) -> str:
-    "As 'fp16', or PyTorch's name."
+    "Return 'fp16', 'bf16', 'fp32' or 'fp64', and of every other dtype PyTorch's name."
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _percent(share: float) -> str:
-    "Never rounded up to 100%."
+    "Return `share` in percent, which is never rounded up to 100%."
     return "100%" if share == 1 else f"{min(share * 100, 99.9):.1f}%"
 
 
-def _quoted(module: str) -> str:
+def quoted(
+    module: str,  # dotted name, '' for the model itself
+) -> str:
+    "Return what a sentence calls a module."
     return f"`{module}`" if module else "the model itself"
 
 
@@ -245,5 +248,5 @@ def _fill(text: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    "As HTML; what is in backticks as code."
+    "Return `text` as HTML, with what is in backticks as code."
     return "<p>" + re.sub("`(.*?)`", r"<code>\1</code>", html.escape(text)) + "</p>"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from channelslast.nested import tensors_in
 from channelslast.restore import unchanged_modules, unchanged_tensors
-from channelslast.summary.observe import Observer, device_of, use_profiler
+from channelslast.summary.observe import Observer, choose_profile, device_of
 from channelslast.summary.result import FormatSummary
 
 __all__ = ["format_summary"]
@@ -18,7 +18,7 @@ __all__ = ["format_summary"]
 def format_summary(
     model: nn.Module,  # as it is to be trained, in either format
     *inputs: Any,  # what to call it with: tensors, and tuples, lists and dicts of them
-    loss_func: Callable[[Any], Tensor] | None = None,  # of what the model returns; None: gradients in its format
+    loss_func: Callable[[Any], Tensor] | None = None,  # of what the model returns; None: gradients of ones
     profile: bool | None = None,  # time the GPU's kernels too; None: on CUDA
 ) -> FormatSummary:
     """Run one training step of `model` on `inputs`, and tell what each operator does to the memory format.
@@ -39,7 +39,7 @@ def format_summary(
     if not inputs:
         raise TypeError("format_summary(model) without inputs: pass what to call the model with, as a batch of images")
     tensors = tensors_in(inputs)
-    observer = Observer(use_profiler(profile, device_of(model, tensors)))
+    observer = Observer(choose_profile(profile, device_of(model, tensors)))
     modules = [model, loss_func] if isinstance(loss_func, nn.Module) else [model]
     with (
         unchanged_modules(*modules),
@@ -62,7 +62,7 @@ def format_summary(
 def _backward(observer: Observer, output: Any, loss_func: Callable[[Any], Tensor] | None) -> None:
     if loss_func is not None:
         loss = loss_func(output)
-        observer.own_loss(loss)
+        observer.claim_loss(loss)
         loss.backward()
         return
     outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]

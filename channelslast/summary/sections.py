@@ -17,15 +17,15 @@ from torch import Tensor
 from channelslast.summary.images import Image, may_come_of
 from channelslast.tensors import format_of
 
-__all__ = ["Losses", "Section", "formats", "lost_images"]
+__all__ = ["LossyOperators", "Section", "known_formats", "lost_images"]
 
 
 @dataclass
-class Losses:
-    "The operators of a section that gave up channels last, in one pass."
+class LossyOperators:
+    "How many operators of a section gave up channels last, in one pass."
 
     count: int = 0
-    is_told: bool = False  # by an event
+    has_event: bool = False  # one of them at least, which so is told to the user
 
 
 class Section:
@@ -34,7 +34,7 @@ class Section:
     def __init__(self, module: str):
         self.module = module  # its name
         self.took: set[str] = set()  # formats of the images that it took in the forward pass, as far as they are known
-        self.losses = {"forward": Losses(), "backward": Losses()}
+        self.lossy_operators = {"forward": LossyOperators(), "backward": LossyOperators()}
         # In the backward pass: formats of the gradients that it takes, and of those that it hands on to images that
         # were channels last, {where the image was made: formats}. (The gradients of one image add up.)
         self.gradients_taken: set[str | None] = set()
@@ -55,24 +55,24 @@ class Section:
         "Whether it took channels last gradients and handed contiguous ones on."
         if self.gradients_taken - {None} == {"channels last"} and self.gradients_given:
             return {"contiguous"} in self.gradients_given.values()
-        # Not known of the section, but perhaps of an operator in it. (The gradient of what was made from contiguous
+        # The section's gradients do not tell, but an operator in it may. (The gradient of what was made from contiguous
         # images is contiguous rightly.)
-        return self.losses["backward"].count > 0 and self.took != {"contiguous"}
+        return self.lossy_operators["backward"].count > 0 and self.took != {"contiguous"}
 
 
 def lost_images(
     took: list[Image],
     made: list[Tensor],
 ) -> list[Tensor]:
-    "Those of `made` that are contiguous, if all that they can come of was channels last."
-    if formats(took) != {"channels last"}:
+    "Return those of `made` that are contiguous and may come of `took`, if all of that was channels last."
+    if known_formats(took) != {"channels last"}:
         return []
     shapes = [image.shape for image in took]
     return [tensor for tensor in made if format_of(tensor) == "contiguous" and may_come_of(tensor.shape, shapes)]
 
 
-def formats(
+def known_formats(
     images: Iterable[Image],
 ) -> set[str]:
-    "The formats that `images` are in, but for those of which none can be told."
+    "Return the formats of `images`, but for images whose format cannot be told."
     return {image.memory_format for image in images} - {None}

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from channelslast.memory_format import CHANNELS_LAST, VIEW_ERROR
 from channelslast.nested import tensors_in
-from channelslast.summary.graph import Graph
+from channelslast.summary.graph import AutogradGraph
 from channelslast.summary.images import ImageShapes, may_come_of
 from channelslast.summary.modes import HigherOrderMode, OperatorMode
 from channelslast.summary.modules import Call, EndedSection, Modules, modules_as_written
 from channelslast.summary.operators import Operator, Written, memory_of
 from channelslast.summary.records import OUTSIDE, FormatEvent, LayerFormat, Records, Where
-from channelslast.summary.sections import Losses, Section, formats, lost_images
+from channelslast.summary.sections import LossyOperators, Section, known_formats, lost_images
 from channelslast.tensors import format_of, images_in
 
 __all__ = ["FormatTracer"]
 
-_MARK = "channelslast_view"  # attribute of an exception of `.view`
+_MARK = "channelslast_view"  # attribute that is set on an exception of `.view`
 
 
 class _Copy(NamedTuple):
@@ -27,7 +27,7 @@ class _Copy(NamedTuple):
 
     result: Tensor
     where: Where
-    losses: Losses | None  # in which it was counted
+    lossy_operators: LossyOperators | None  # in which it was counted
     nbytes: int  # that were counted
 
 
@@ -52,7 +52,7 @@ class FormatTracer:
         self._input_channels: set[int] = set()  # of the images that the model is called with
         self._last_copy: _Copy | None = None
         self._open = ExitStack()  # modes and hooks
-        self._graph = Graph(self._open, self._count_gradient)
+        self._graph = AutogradGraph(self._open, self._count_gradient)
         self._modules = Modules(model, self._graph, self._take_inputs, self._judge_forward)
 
     @property
@@ -74,14 +74,14 @@ class FormatTracer:
         self,
         error: BaseException,
     ) -> bool:
-        "Whether `error` is that of `self.error`."
+        "Whether `error` is the exception that `self.error` tells of."
         return self.error is not None and getattr(error, _MARK, None) is self.error
 
-    def own_loss(
+    def claim_loss(
         self,
         loss: Tensor,  # computed from what the model returned
     ) -> None:
-        "Say that what `loss` was computed with, outside the model, is the loss function."
+        "Note that the code between the output of the model and `loss` is the loss function, so that it has a section."
         self._graph.claim(loss, Section(OUTSIDE))
 
     def __enter__(self):
@@ -115,28 +115,28 @@ class FormatTracer:
     def _judge_forward(self, end: EndedSection) -> None:
         "Called at the end of each section of the forward pass."
         call, section = end.call, end.call.section
-        section.took = formats(end.took)
+        section.took = known_formats(end.took)
         lost = lost_images(end.took, end.made)
         if lost:
-            self._add_loss(call, lost)
-        elif section.losses["forward"].count > 0:
-            # An operator gave channels last up. Unless the section is known to have gone back to it, it is lost
+            self._mark_loser(call, lost)
+        elif section.lossy_operators["forward"].count > 0:
+            # An operator gave channels last up, and so did the section, unless it is known to have gone back to it
             goes_back = section.took == {"channels last"} and "channels last" in map(format_of, end.made)
             if not goes_back:
-                self._add_loss(call, [])
+                self._mark_loser(call, [])
         elif end.is_last and call.has_children and not call.has_lost:
-            # No section lost it by itself, but one of tokens may have come in between: what of the module as a whole?
+            # No section lost it, but the module may have as a whole, if a part of it has tokens in place of images
             computed = [tensor for tensor in end.hands_on if tensor.grad_fn is not None]
-            lost = lost_images(call.inputs, computed or end.hands_on)  # constants, where there is a graph, lose nothing
+            lost = lost_images(call.inputs, computed or end.hands_on)  # constants beside what is computed lose nothing
             if lost:
-                self._add_loss(call, lost)
+                self._mark_loser(call, lost)
 
-    def _add_loss(self, call: Call, lost: list[Tensor]) -> None:
+    def _mark_loser(self, call: Call, lost: list[Tensor]) -> None:
         where = Where(call.module, "forward")
-        self._modules.note_loss()
-        self._records.add_loss(where)
+        self._modules.note_loser()
+        self._records.mark_loser(where)
         for image in lost:
-            if not call.section.losses["forward"].is_told:
+            if not call.section.lossy_operators["forward"].has_event:
                 self._records.add_event(where, "lost", image)
             self._records.count_if_first(where, image)
 
@@ -144,8 +144,8 @@ class FormatTracer:
         if not section.loses_backward():
             return
         where = Where(section.module, "backward")
-        self._records.add_loss(where)
-        if not section.losses["backward"].is_told:
+        self._records.mark_loser(where)
+        if not section.lossy_operators["backward"].has_event:
             for gradient in section.contiguous_gradients:
                 self._records.add_event(where, "lost", gradient)
 
@@ -161,7 +161,7 @@ class FormatTracer:
         except RuntimeError as error:
             if VIEW_ERROR in str(error):
                 self.error = self._modules.running.where.module, str(func.overloadpacket), str(error)
-                # On the exception itself: holding it would hold its frames, and its id goes to the next one
+                # A mark on the exception: to hold it would hold its frames, and its `id` may be that of a later one
                 setattr(error, _MARK, self.error)
             raise
         if images_in(result):
@@ -193,13 +193,13 @@ class FormatTracer:
         elif where.phase == "backward" and written.comes_of_expanded:
             self.dense_gradients.setdefault(where.module)
         loses = written.gives_up_channels_last and not self._shapes.is_weight(image)
-        losses = running.losses if loses else None
-        if losses is not None:
-            losses.count += 1
-            losses.is_told = True
+        lossy_operators = running.lossy_operators if loses else None
+        if lossy_operators is not None:
+            lossy_operators.count += 1
+            lossy_operators.has_event = True
         nbytes = self._count(where, operator, image, written.read)
         if operator.is_copy:
-            self._last_copy = _Copy(image, where, losses, nbytes)
+            self._last_copy = _Copy(image, where, lossy_operators, nbytes)
 
     def _look_at_convolution(self, operator: Operator) -> None:
         where = self._modules.running.where
@@ -215,16 +215,16 @@ class FormatTracer:
             self.padded_convs.setdefault(where.module, channels)
 
     def _count(self, where: Where, operator: Operator, result: Tensor, read: list[Tensor]) -> int:
-        "Count what a module wrote if it is an image; return the bytes added."
+        "Count what an operator wrote if it is an image; return the bytes added."
         self._records.set_last_op(where, operator.name)
         self._shapes.add_if_image(result, read)
         return self._records.count(where, result) if result.shape in self._shapes else 0
 
     def _forget_flattened(self, copy: _Copy) -> None:
-        """Take back what was said of a copy that turns out to be half of a reshape to something that is no image.
+        """Take back what was counted of a copy that was the first half of a reshape to something that is no image.
 
-        (`reshape` is a `clone` and an `_unsafe_view`.) It is no image either, and loses nothing.
+        (A `reshape` that copies is a `clone` and an `_unsafe_view`.) Such a copy is no image, and loses nothing.
         """
-        if copy.losses is not None:
-            copy.losses.count -= 1
+        if copy.lossy_operators is not None:
+            copy.lossy_operators.count -= 1
         self._records.discount(copy.where, copy.result, copy.nbytes)
