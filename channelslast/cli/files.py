@@ -33,7 +33,7 @@ def write_json(
     result: dict[str, Any],
     device: torch.device,
 ) -> None:
-    "Write `result` with what it was made with."
+    "Write `result`, and what it was made with, to `file`; raises `IllegalValue` if it cannot be written."
     record = {**made_with(f"channelslast {shlex.join(sys.argv[1:])}", device), **result}
     try:
         Path(file).expanduser().write_text(json.dumps(record, indent=1) + "\n")
@@ -47,7 +47,7 @@ def save_plots(
     heights: list[float],  # inches
     width: float = 9,
 ) -> None:
-    "Draw one below the other."
+    "Draw all of `found`, one below the other, to `file`; raises `IllegalValue` if it cannot be written."
     figure, axes = plt.subplots(
         len(found), figsize=(width, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )

@@ -74,7 +74,7 @@ def choose_optimizer(
 def to_formats(
     names: str | None,  # as a TrainFormat prints, with commas in between
 ) -> list[TrainFormat] | None:
-    "Return the formats of these names; raises `IllegalValue` if there is none of a name."
+    "Return the formats of these names, None for None; raises `IllegalValue` for a name of none."
     if names is None:
         return None
     every = starmap(TrainFormat, product((False, True), (None, "fp16", "bf16"), (None, *COMPILE_MODES)))
@@ -92,7 +92,7 @@ def measure_again(
     timings: FormatTimings,
     budget: float | None,
 ) -> dict[str, Any]:
-    "Measure what is close to the best again, and contiguous in its precision; return the record."
+    "Measure again what is close to the best, and the best in contiguous format; return the record."
     best = timings.best
     near = [row.format for row in timings if row.ms < 1.25 * timings.row(best).ms]
     contiguous = timings.row(replace(best, channels_last=False))

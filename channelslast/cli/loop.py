@@ -15,7 +15,7 @@ from channelslast.zoo import IllegalValue, check_arch, image_folder
 
 
 class Rejected(Exception):
-    "What a model says to its images."
+    "A model fails on its images. The message goes on from the name of the architecture."
 
 
 def check_archs(
@@ -34,7 +34,7 @@ def for_each_arch(
     device: torch.device,
     is_flat: bool = False,  # the record of a single architecture is the whole file
 ) -> int:
-    "Return how many architectures failed. Each of these is told in a line, and all are in the file `--json`."
+    "Run each architecture, report a failed one in a line, write all to the file `--json`; return how many failed."
     records, n_failed = [], 0
     for arch in options.arch:
         if len(options.arch) > 1:

@@ -62,7 +62,7 @@ def choose_dtype(
     amp_mode: str,  # auto, fp16, bf16 or fp32
     device: torch.device,
 ) -> torch.dtype | None:
-    "Return the dtype in which `device` autocasts, None for float32; tell where it is not the one asked for."
+    "Return the dtype in which `device` is to autocast, None for float32; print why if it is not the one asked for."
     mode = choose_amp_mode(amp_mode, device)
     if mode is None:
         return None

@@ -54,7 +54,7 @@ def similar_names(
     names: list[str],
     n: int = 5,  # at most
 ) -> list[str]:
-    "Return those of `names` that hold `name`, the shortest first, and those that are spelled like it, whatever case."
+    "Return the two shortest of `names` that contain `name`, then those that are spelled like it, in any case."
     lower = {each.lower(): each for each in names}
     holding = sorted((each for each in lower if name and name.lower() in each), key=len)
     close = difflib.get_close_matches(name.lower(), lower, n=n)

@@ -26,7 +26,7 @@ N_FRAMES = 16  # of a clip for a video model
 
 
 def digits_folder() -> Path:
-    "scikit-learn's digits as an image folder, `digits/<label>/<number>.png`, written once among fastai's data sets."
+    "Return the folder of scikit-learn's digits, `<label>/<number>.png`; write it, among fastai's data sets, if new."
     folder = fastai_path("data") / "digits"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,11 @@ def image_dls(
     bs: int,  # images in a batch
     device: torch.device,
 ) -> ImageDataLoaders:
-    "Return one class for each folder of images; a fifth to validate on where there is no folder `valid`."
+    """Return DataLoaders of the images, with a class for each folder.
+
+    A random fifth validates, unless there are folders `train` and `valid`. Raises `IllegalValue` for images of one
+    class, or fewer to train on than `bs`.
+    """
     split = {} if (folder / "train").is_dir() and (folder / "valid").is_dir() else {"valid_pct": 0.2, "seed": 42}
     dls = ImageDataLoaders.from_folder(
         folder,
@@ -79,7 +83,7 @@ def image_dls(
 
 
 class Batches(list):
-    "Batches that are on the device already, as a DataLoader."
+    "Batches that are on the device already, which fastai takes for a DataLoader."
 
     def to(self, device):
         self.device = device
@@ -92,7 +96,11 @@ def synthetic_inputs(
     size: int,  # pixels square
     device: torch.device,
 ) -> tuple:
-    "Return random images as the architecture takes them: a batch, a clip, two batches, or images and targets."
+    """Return random images as the architecture takes them.
+
+    A batch (bs, C, size, size); of clips (bs, 3, 16, size, size) for video; two batches for optical flow; for detection
+    a list of images and a list of targets.
+    """
     kind = torchvision_kind(arch)
     if kind == "video":
         return (torch.randn(bs, 3, N_FRAMES, size, size, device=device),)
@@ -117,11 +125,14 @@ def synthetic_dls(
     device: torch.device,
     n: int = 4,  # batches
 ) -> DataLoaders:
-    "Return random images as the architecture takes them, with targets for `synthetic_loss`."
+    """Return DataLoaders of `n` random batches as the architecture takes them, with targets for `synthetic_loss`.
+
+    Runs `model` once, for the shape of its output, and leaves it as it was.
+    """
     batches = Batches()
     for _ in range(n):
         inputs = synthetic_inputs(arch, model, bs, size, device)
-        if not batches:
+        if not batches:  # the shape of the output, of two images, for BatchNorm takes no single one
             with torch.no_grad(), unchanged_modules(model):
                 output = model(*synthetic_inputs(arch, model, 2, size, device))
         target = torch.zeros(bs, device=device)

@@ -22,7 +22,7 @@ def new_learner(
     opt_func: Callable = Adam,
     path: str | None = None,  # folder of images; None: random ones
 ) -> Learner:
-    "Return a Learner of `arch` with fresh weights, in contiguous float32."
+    "Return a Learner of `arch` with fresh weights, in contiguous float32; raises `IllegalValue` as its parts do."
     if path is not None:
         dls = image_dls(image_folder(path), size or DEFAULT_SIZE, bs, device)
         return Learner(dls, new_model(arch, dls.c, kind="classification"), opt_func=opt_func)
@@ -43,5 +43,5 @@ def to_fastai_channelslast(
     learn: Learner,  # without mixed precision
     amp_mode: str = "fp16",
 ) -> Learner:
-    "Do what fastai's own `to_channelslast` does, which this package replaces."
+    "Do what fastai's own `to_channelslast`, which this package replaces, would; return `learn`."
     return learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision(amp_mode)])

@@ -27,7 +27,7 @@ class IllegalValue(ValueError):
 def find_device(
     device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; None: fastai's choice
 ) -> torch.device:
-    "Return the device of that name; raises `IllegalValue` where there is none."
+    "Return the device of that name, after a try to use it; raises `IllegalValue` if that fails."
     try:
         found = torch.device(device) if device else default_device()
         torch.empty(1, device=found)
@@ -40,7 +40,7 @@ def choose_amp_mode(
     amp_mode: str,  # auto, fp16, bf16 or fp32
     device: torch.device,
 ) -> str | None:
-    "Return the precision in TrainFormat's words; for 'auto' what `device` is fastest at."
+    "Return 'fp16', 'bf16' or None for float32, for 'auto' what `device` is fastest at; raises `IllegalValue`."
     if amp_mode not in AMP_MODES:
         raise IllegalValue("amp_mode", amp_mode, f"pass one of {', '.join(AMP_MODES)}")
     if amp_mode == "auto":
