@@ -37,10 +37,10 @@ def to_channelslast(
 ) -> Learner:
     """Train in channels last format and mixed precision, whatever the Learner held before.
 
-    `use_amp=True` trains in mixed precision of `amp_mode`, which is 'fp16' unless told, 'fp16' or 'bf16'; a CPU without
-    float16 trains in bfloat16 then, with a warning. `use_amp=False` or 'fp32' trains in float32. The other parameters
-    are the options of `torch.amp.GradScaler`, for float16; without any, a Learner that is in `amp_mode` keeps those it
-    has. Compilation, CUDA graphs and fused steps stay as they are: `to_format` sets them.
+    `use_amp=True` trains in mixed precision of `amp_mode`: float16 by default, which a CPU without it replaces by
+    bfloat16, with a warning. `use_amp=False` or 'fp32' trains in float32. The other parameters are the options of
+    `torch.amp.GradScaler`, for float16; without any, a Learner that is in `amp_mode` keeps those it has. Compilation,
+    CUDA graphs and fused steps stay as they are: `to_format` sets them.
 
     Raises `TypeError` for an unknown parameter and `ValueError` for an illegal value, or for bfloat16 on a GPU that has
     none. Nothing has changed then.
@@ -82,7 +82,7 @@ def to_format(
     form. Nothing has changed then.
     """
     fmt = to_train_format(fmt)
-    device, has = training_device(self), _python_in_step(self)  # what it has already is not asked for
+    device, has = training_device(self), _python_in_step(self)  # what it has already is not checked again
     if fmt.cuda_graph and not has["cuda_graph"] and device.type != "cuda":
         raise ValueError(f"cuda_graph=True: the Learner trains on the device '{device}', which has no CUDA graphs")
     if fmt.fused_optimizer and not has["fused_optimizer"]:
@@ -154,7 +154,7 @@ def _set_callback(learn: Learner, cls: type[Callback], is_on: bool) -> None:
 
 
 class _Portable:
-    "A model or optimizer whose `state_dict` is contiguous."
+    "Stands in for a model or optimizer where it is saved: its `state_dict` is contiguous."
 
     def __init__(self, source: Any):
         self.source = source
