@@ -19,7 +19,7 @@ def main() -> None:
     options = parser.parse_args(arguments)
     if not vars(options).get("arch", True):
         parser.error(f"{options.command}: pass names of fastai, torchvision or timm models, as resnet50 convnext_tiny")
-    # only now: importing fastai, torchvision and timm takes seconds
+    # only now: to import torchvision and timm takes seconds more than the package itself
     command = import_module(f"channelslast.cli.{options.command}")
     zoo = import_module("channelslast.zoo")
     try:

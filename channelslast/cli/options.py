@@ -1,4 +1,4 @@
-"The options of every command. Imports nothing that takes long, for `--help`."
+"The options of every command. Imports no torchvision and no timm, so that `--help` need not wait for them too."
 
 from argparse import ArgumentParser
 from typing import NoReturn
