@@ -1,8 +1,10 @@
 "Data, models and Learners that the tests share: small, seeded, on the CPU."
 
 import random
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -29,6 +31,35 @@ def pytest_collection_modifyitems(items):
         for marker, needed in (("cuda", 1), ("multi_gpu", 2)):
             if marker in item.keywords and n_gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s)"))
+
+
+from_outside = []  # the interrupts that were no test's own, as that of Ctrl-C
+
+
+def pytest_configure():
+    def interrupt(number, frame):
+        from_outside.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+@contextmanager
+def own_interrupts_fail():
+    "A `KeyboardInterrupt` that a test has raised itself does not end the run: it fails the test that it leaves."
+    n_before = len(from_outside)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if len(from_outside) > n_before:
+            raise
+        raise AssertionError("the test's own KeyboardInterrupt has left it") from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with own_interrupts_fail():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import signal
 import sys
+import traceback
 from collections import Counter
 from contextlib import suppress
 from itertools import count, product
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, in_a_thread, wrapped_adamw
+from conftest import TinyNet, in_a_thread, own_interrupts_fail, wrapped_adamw
 from fastai.callback.core import (
     Callback,
     CancelBackwardException,
@@ -181,6 +183,19 @@ def interrupt(learn, error, **kwargs):
         learn.fit(2, **kwargs)
 
 
+# The tests' own interrupts
+
+
+def test_interrupt_that_leaves_a_test_fails_it():
+    with pytest.raises(AssertionError, match="has left it"), own_interrupts_fail():
+        raise KeyboardInterrupt
+
+
+def test_interrupt_from_outside_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), own_interrupts_fail():
+        signal.raise_signal(signal.SIGINT)
+
+
 # A fit
 
 
@@ -263,8 +278,10 @@ def test_autocast_is_off_also_where_putting_back_fails(new, bf16_cpu, fmt):
     learn = new().to_format(fmt)
     learn.create_opt()
     learn.opt.zero_grad = fail
-    with pytest.raises(RuntimeError, match="no gradients"):
+    with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
         learn.fit(1, cbs=RaisesAt("after_pred", KeyboardInterrupt(), 100))
+    told = "".join(traceback.format_exception(caught.value))
+    assert "RuntimeError: no gradients" in told and "KeyboardInterrupt" in told  # neither hides the other
     assert_autocast_is_off()
 
 
@@ -343,22 +360,26 @@ class InterruptAt:
     "Raises `KeyboardInterrupt` at the `n`-th time that the package runs that line; without a line, counts all lines."
 
     def __init__(self, line=None, n=1):
-        self.line, self.left, self.counts = line, n, Counter()
+        self.line, self.left, self.counts, self.is_on = line, n, Counter(), False
 
     def __enter__(self):
+        self.is_on = True
         sys.settrace(lambda frame, *args: self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None)
         return self
 
     def __exit__(self, *args):
+        self.is_on = False
         sys.settrace(None)
 
     def trace(self, frame, event, arg):
+        if not self.is_on:  # the frame of a generator that goes on later, while another traces
+            return None
         if event == "line":
             line = frame.f_code.co_filename, frame.f_lineno
             self.counts[line] += 1
             self.left -= line == self.line
             if self.left == 0:
-                sys.settrace(None)
+                self.__exit__()
                 raise KeyboardInterrupt
         return self.trace
 

@@ -534,17 +534,21 @@ def test_interrupt_inside_autocast_itself_leaves_it_as_it_was(bf16_cpu, new_lear
 
     def count_lines(frame, event, arg):
         nonlocal steps
-        steps += event == "line"
-        if steps == line:
-            raise KeyboardInterrupt
+        if event == "line":
+            steps += 1
+            if steps == line:
+                raise KeyboardInterrupt
         return count_lines
 
     def interrupt():
         learn = new_learner(cbs=MixedPrecision("bf16"))
         before = autocast_state()
-        sys.settrace(trace)
         with pytest.raises(KeyboardInterrupt):
-            learn.fit(1)
+            sys.settrace(trace)
+            try:
+                learn.fit(1)
+            finally:
+                sys.settrace(None)
         assert autocast_state() == before
         learn.fit(1)
 
