@@ -1,6 +1,7 @@
 "Importing the package, in any order with fastai, and what a star import gives."
 
 import json
+import os
 import subprocess
 import sys
 
@@ -26,14 +27,52 @@ METHODS = {
 }
 
 
-def run(code):
-    "Run `code` in a fresh process; what it prints."
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+# What fastai imports is imported once, and a process for each code forked then: of fastai and of us it has nothing
+FORKS = """
+def main():
+    import json, os, sys
+    import matplotlib.pyplot, pandas, scipy.ndimage, sklearn.metrics, sklearn.model_selection
+    import torch._dynamo, torchvision
+
+    packages = {name.partition(".")[0] for name in sys.modules}
+    assert not packages & {"fastai", "fastcore", "accelerate", "channelslast"}
+    for name, code in json.load(sys.stdin).items():
+        folder = sys.argv[1] = os.path.join(os.environ["FOLDER"], name)
+        os.mkdir(folder)
+        if not os.fork():
+            return code
+        with open(os.path.join(folder, "status"), "w") as file:
+            file.write(str(os.wait()[1]))
+
+def redirect(folder):
+    import os
+    for number, stream in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(os.path.join(folder, stream), os.O_WRONLY | os.O_CREAT), number)
+
+import sys
+sys.argv.append("")
+code = main()
+if code:
+    redirect(sys.argv[1])
+    exec(code)
+"""
 
 
-IMPORTS = {  # a process each, as an import of fastai takes seconds
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    "What each of the codes prints, in a process of its own."
+    folder = tmp_path_factory.mktemp("processes")
+    command, environment = [sys.executable, "-W", "ignore", "-c", FORKS], {**os.environ, "FOLDER": str(folder)}
+    subprocess.run(command, input=json.dumps(CODES), text=True, env=environment, check=True)
+
+    def read(name):
+        assert (folder / name / "status").read_text() == "0", (folder / name / "stderr").read_text()
+        return (folder / name / "stdout").read_text()
+
+    return read
+
+
+IMPORTS = {
     "fastai first": "from fastai.vision.all import *; from channelslast.all import *",
     "ours first": "from channelslast.all import *; from fastai.vision.all import *",
     "the package alone, last": "from fastai.text.all import *; import channelslast",
@@ -57,9 +96,9 @@ print(json.dumps(report))
 """
 
 
-@pytest.fixture(scope="module", params=IMPORTS.values(), ids=IMPORTS)
-def report(request):
-    return json.loads(run(request.param + REPORT))
+@pytest.fixture(scope="module", params=IMPORTS)
+def report(request, printed):
+    return json.loads(printed(request.param))
 
 
 def test_our_methods_win_whatever_the_import_order(report):
@@ -147,11 +186,8 @@ print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def made_before(tmp_path_factory):
-    code = [sys.executable, "-c", BEFORE + AFTER, str(tmp_path_factory.mktemp("learners"))]
-    result = subprocess.run(code, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def made_before(printed):
+    return json.loads(printed("made before"))
 
 
 @pytest.mark.parametrize(
@@ -177,5 +213,18 @@ def test_package_tells_its_version():
     assert channelslast.__version__
 
 
-def test_works_without_accelerate():
-    run("import sys; sys.modules['accelerate'] = None; import channelslast.all, channelslast.cli")
+def test_works_without_accelerate(printed):
+    assert printed("without accelerate") == "imported\n"
+
+
+WITHOUT_ACCELERATE = """
+import sys
+sys.modules['accelerate'] = None
+import channelslast.all, channelslast.cli
+print("imported")
+"""
+CODES = {
+    **{name: imports + REPORT for name, imports in IMPORTS.items()},
+    "made before": BEFORE + AFTER,
+    "without accelerate": WITHOUT_ACCELERATE,
+}

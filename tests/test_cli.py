@@ -104,9 +104,9 @@ def test_summary_of_several_architectures_with_record_and_picture(run, tmp_path)
 def test_summary_goes_on_after_an_architecture_that_rejects_its_images(run, capsys, tmp_path):
     options = ["--size", 32, "--bs", 2, "--device", "cpu", "--json", tmp_path / "a.json"]
     with pytest.raises(SystemExit) as ended:
-        run("summary", "vit_b_16", "resnet10t", *options)
+        run("summary", "vit_tiny_patch16_224", "resnet10t", *options)
     captured = capsys.readouterr()
-    assert ended.value.code == 2 and "error: vit_b_16 rejects 2 images of 32 px: " in captured.err
+    assert ended.value.code == 2 and "error: vit_tiny_patch16_224 rejects 2 images of 32 px: " in captured.err
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert "Rejected: rejects 2 images" in results[0]["error"]
     assert results[1]["verdict"] in " ".join(captured.out.split())
@@ -290,13 +290,13 @@ def find(run, monkeypatch, bf16_cpu):
 def test_find_several_architectures_with_record_and_picture(find, tmp_path, capsys):
     files = tmp_path / "record.json", tmp_path / "picture.png"
     options = ["--opt", "fused", "--built-in", "--verify", "--json", files[0], "--plot", files[1]]
-    printed = find("resnet18", "mobilenetv3_small_050", *options)
+    printed = find("resnet10t", "mobilenetv3_small_050", *options)
     assert printed.count("Format   ") == 2 and printed.count("Again: ") == 2 and "fastai's own" in printed
-    assert printed.index("resnet18:") < printed.index("mobilenetv3_small_050:")
+    assert printed.index("resnet10t:") < printed.index("mobilenetv3_small_050:")
     record = json.loads(files[0].read_text())
     assert record["command"].startswith("channelslast find --device cpu") and record["versions"]["torch"]
     first, second = record["results"]
-    assert (first["arch"], second["arch"]) == ("resnet18", "mobilenetv3_small_050")
+    assert (first["arch"], second["arch"]) == ("resnet10t", "mobilenetv3_small_050")
     formats = ["contiguous fp32", "channels last fp32", "contiguous bf16", "channels last bf16"]
     for result in record["results"]:
         assert [row["format"] for row in result["rows"]] == formats and result["best"] in formats
@@ -306,13 +306,18 @@ def test_find_several_architectures_with_record_and_picture(find, tmp_path, caps
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-ALL_KINDS = ["DynamicUnet", "deeplabv3_mobilenet_v3_large", "r3d_18", "ssdlite320_mobilenet_v3_large", "inception_v3"]
+ALL_KINDS = {
+    "DynamicUnet": 32,
+    "deeplabv3_mobilenet_v3_large": 32,
+    "mc3_18": 16,
+    "ssdlite320_mobilenet_v3_large": 32,
+    "inception_v3": 80,
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ALL_KINDS)
-def test_find_trains_every_kind_of_architecture(find, arch):
-    size = {"inception_v3": 96}.get(arch, 32)
+@pytest.mark.parametrize("arch, size", ALL_KINDS.items(), ids=ALL_KINDS)
+def test_find_trains_every_kind_of_architecture(find, arch, size):
     printed = find(arch, "--size", size, "--bs", 2, "--formats", "contiguous fp32, channels last fp32")
     assert "channels last fp32  " in printed and "Error" not in printed
 
@@ -354,9 +359,9 @@ def test_find_refuses_bad_input_before_it_begins(fails, arguments, said):
 @pytest.mark.filterwarnings("ignore")
 def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        find("vit_b_16", "resnet18", "--formats", "contiguous fp32", "--json", tmp_path / "a.json")
+        find("vit_tiny_patch16_224", "resnet10t", "--formats", "contiguous fp32", "--json", tmp_path / "a.json")
     captured = capsys.readouterr()
-    assert ended.value.code == 1 and "error: vit_b_16" in captured.err and "ResNet (input" in captured.out
+    assert ended.value.code == 1 and "error: vit_tiny_patch16_224" in captured.err and "ResNet (input" in captured.out
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert "error" in results[0] and results[1]["best"] == "contiguous fp32"
 

@@ -1,6 +1,7 @@
 "The training script: the main job on a few real images, and what bad input gets."
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -113,4 +114,10 @@ def test_runs_as_a_script(digits_folder):
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "format: channels last fp32 on cpu" in printed and "accuracy:" in printed
-    assert subprocess.run([*command, "--arch", "nothing"], capture_output=True).returncode == 2
+
+
+def test_script_ends_with_an_error_code(digits_folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--path", str(digits_folder), "--arch", "nothing"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2
