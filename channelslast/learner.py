@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast  # first: its patches would undo ours
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner, load_model, save_model
 from fastai.torch_core import get_model
 from fastcore.basics import patch
@@ -20,6 +20,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from channelslast.callback import ChannelsLast, convert_learner
 from channelslast.devices import FP32, AMPMode, to_amp_mode, training_device
+from channelslast.fit import FIT_GOES_ON, FitDone
 from channelslast.formats import MAKE_GRAPHS, TrainFormat, compile_mode, set_compile_mode, to_train_format, uncompiled
 from channelslast.graphs import CudaGraph
 from channelslast.memory_format import contiguous_weights, state_to_contiguous, supports_channels_last
@@ -258,8 +259,18 @@ def all_batches(self: Learner):
     try:
         _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
-        with ExitStack() as stack:  # all of them, also where one raises
+        with ExitStack() as stack:  # all of them, also where one is interrupted
             for cb in self.cbs:
                 if hasattr(type(cb), "after_exception"):
-                    stack.callback(cb.after_exception, error)
+                    stack.callback(_tell, cb, error)
         raise
+
+
+def _tell(cb: Callback, error: BaseException) -> None:
+    "Show `error` to `cb`. What fails while cleaning up does not take its place, unless fastai catches it in silence."
+    try:
+        cb.after_exception(error)
+    except Exception as another:
+        if isinstance(error, (*FIT_GOES_ON, CancelFitException, FitDone)):
+            raise
+        error.add_note(f"channelslast: {cb.name}.after_exception failed too: {type(another).__name__}: {another}")
