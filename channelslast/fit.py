@@ -29,6 +29,13 @@ class LeanCallback(Callback):
         if hasattr(type(self), event_name) or event_name == "after_fit":  # after which fastai sets `run` again
             return super().__call__(event_name)
 
+    def __setattr__(self, name: str, value: Any):
+        "As fastai does, which looks in the Learner and the model for the name first; not for one that it has already."
+        if name in vars(self) or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def warn_once(
         self,
         message: str,

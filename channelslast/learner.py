@@ -1,7 +1,7 @@
 "Every method of `Learner` that sets how it trains, and what it saves, loads and exports."
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from channelslast.callback import ChannelsLast, convert_learner
 from channelslast.devices import FP32, AMPMode, to_amp_mode, training_device
+from channelslast.events import LeanEvents, lean_events
 from channelslast.fit import FIT_GOES_ON, FitDone
 from channelslast.formats import MAKE_GRAPHS, TrainFormat, compile_mode, set_compile_mode, to_train_format, uncompiled
 from channelslast.graphs import CudaGraph
@@ -123,6 +124,11 @@ def train_format(self: Learner) -> TrainFormat:
     return TrainFormat(channels_last, amp_mode_in_use(self), **_python_in_step(self))
 
 
+def _is_lean(learn: Learner) -> bool:
+    "Whether a field is set that promises to take Python out of the step."
+    return any(isinstance(cb, (CudaGraph, FusedOptimizer)) for cb in learn.cbs)
+
+
 def _python_in_step(learn: Learner) -> dict[str, Any]:
     "The fields of `learn.train_format` that say how much Python there is in a step."
     has = {cls: any(isinstance(cb, cls) for cb in learn.cbs) for cls in (CudaGraph, FusedOptimizer)}
@@ -211,8 +217,8 @@ def _drop_prefix(module: nn.Module, state: dict[str, Any], *_) -> None:
     consume_prefix_in_state_dict_if_present(state, "_orig_mod.")  # the name of the module in PyTorch's wrapper
 
 
-# Callbacks that stay out of a file of `export`; fastai's `load_learner` drops them on a CPU
-_NOT_EXPORTED = (FastaiChannelsLast, CudaGraph, FusedOptimizer, *MIXED_PRECISIONS)
+# What stays out of a file of `export`; fastai's `load_learner` drops the callbacks on a CPU
+_NOT_EXPORTED = (FastaiChannelsLast, CudaGraph, FusedOptimizer, LeanEvents, *MIXED_PRECISIONS)
 
 _export = Learner.export
 
@@ -257,7 +263,8 @@ _all_batches = Learner.all_batches
 def all_batches(self: Learner):
     "Train or evaluate `self.model` on all batches of `self.dl`; show an exception to callbacks with `after_exception`."
     try:
-        _all_batches(self)
+        with lean_events(self) if _is_lean(self) else nullcontext():
+            _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
         with ExitStack() as stack:  # all of them, also where one is interrupted
             for cb in self.cbs:
@@ -274,3 +281,19 @@ def _tell(cb: Callback, error: BaseException) -> None:
         if isinstance(error, (*FIT_GOES_ON, CancelFitException, FitDone)):
             raise
         error.add_note(f"channelslast: {cb.name}.after_exception failed too: {type(another).__name__}: {another}")
+
+
+_call = Learner.__call__
+
+
+@patch
+def __call__(
+    self: Learner,
+    event_name: str | list[str],  # one event, or several
+) -> None:
+    "Call `event_name` for all `Callback`s in `self.cbs`."
+    events = vars(self).get("_call_one")
+    if isinstance(events, LeanEvents) and isinstance(event_name, str):  # without a list around one name
+        events(event_name)
+    else:
+        _call(self, event_name)

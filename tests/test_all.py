@@ -22,6 +22,7 @@ METHODS = {
     "to_bf16": "learner",
     "to_fp32": "learner",
     "all_batches": "learner",
+    "__call__": "learner",
     "format_find": "find.run",
     "format_summary": "summary.learner",
 }
