@@ -1,11 +1,9 @@
 "`channelslast find`."
 
-import difflib
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product, starmap
 from typing import Any
 
 from fastai.learner import Learner
@@ -14,9 +12,10 @@ from channelslast.cli.files import check_files, save_plots
 from channelslast.cli.loop import check_archs, for_each_arch
 from channelslast.cli.record import row_record, timings_record
 from channelslast.find import FormatTimings
-from channelslast.find.candidates import Candidate, new_candidates
+from channelslast.find.candidates import Candidate
 from channelslast.find.run import find_format
-from channelslast.formats import COMPILE_MODES, TrainFormat
+from channelslast.find.stages import Stage, new_stages
+from channelslast.formats import TrainFormat, to_train_format
 from channelslast.zoo import (
     OPTIMIZERS,
     IllegalValue,
@@ -39,11 +38,10 @@ def run(
 
     def run_one(arch: str) -> dict[str, Any]:
         learn = new_learner(arch, options.bs, options.size, device, opt_func, options.path)
-        candidates = new_candidates(learn, formats, options.compile)
+        stages = new_stages(learn, formats, options.compile, options.keep_precision)
         built_in = Candidate(TrainFormat(True, "fp16"), to_fastai_channelslast, is_choice=False)
         started = time.perf_counter()
-        all_candidates = [*candidates, built_in] if options.built_in else candidates
-        found[arch] = timings = find_format(learn, all_candidates, options.budget)
+        found[arch] = timings = find_format(learn, stages, [built_in] if options.built_in else [], options.budget)
         seconds = round(time.perf_counter() - started, 1)
         print(timings)
         record = {"bs": options.bs, "opt": options.opt, "seconds": seconds, **timings_record(timings)}
@@ -77,14 +75,10 @@ def to_formats(
     "Return the formats of these names, None for None; raises `IllegalValue` for a name of none."
     if names is None:
         return None
-    every = starmap(TrainFormat, product((False, True), (None, "fp16", "bf16"), (None, *COMPILE_MODES)))
-    legal = {str(fmt): fmt for fmt in every}
-    wanted = [" ".join(name.split()) for name in names.split(",")]
-    for name in wanted:
-        if name not in legal:
-            close = difflib.get_close_matches(name, legal, n=3) or list(legal)[:3]
-            raise IllegalValue("formats", repr(name), f"no such format; did you mean {', '.join(map(repr, close))}?")
-    return [legal[name] for name in wanted]
+    try:
+        return [to_train_format(name) for name in names.split(",")]
+    except ValueError as error:
+        raise IllegalValue("formats", repr(names), str(error)) from None
 
 
 def measure_again(
@@ -92,16 +86,13 @@ def measure_again(
     timings: FormatTimings,
     budget: float | None,
 ) -> dict[str, Any]:
-    "Measure again what is close to the best, and the best in contiguous format; return the record."
+    "Measure all that can train again, without what is known from the search; return the record."
     best = timings.best
-    near = [row.format for row in timings if row.ms < 1.25 * timings.row(best).ms]
-    contiguous = timings.row(replace(best, channels_last=False))
-    if contiguous is not None and not contiguous.error:
-        near.append(contiguous.format)
-    again = find_format(learn, [Candidate(fmt) for fmt in dict.fromkeys(near)], budget, start=best)
+    formats = [row.format for row in timings if not row.error]
+    again = find_format(learn, [Stage("again", lambda seen: formats, is_first=True)], budget=budget, start=best)
     fastest = min((row for row in again if not row.error), key=lambda row: row.ms)
     best_ms = again.row(best).ms
-    contiguous = contiguous and again.row(contiguous.format)
+    contiguous = again.row(replace(best, channels_last=False))
     print(f"Again: {best} {best_ms:.2f} ms; the fastest, {fastest.format}, {fastest.ms:.2f} ms")
     return {
         "best_vs_fastest": round(best_ms / fastest.ms, 4),

@@ -42,15 +42,16 @@ def add_summary_options(parser: Parser) -> None:
 def add_find_options(parser: Parser) -> None:
     add_common_options(parser, bs=16)
     parser.add_argument(
-        "--formats", help='as "contiguous fp16, channels last bf16 compiled"; default: all that are accelerated'
+        "--formats", help='as "contiguous fp16, channels last bf16 graph fused"; default: what may pay, in stages'
     )
-    parser.add_argument("--compile", action="store_true", help="also try each compiled by PyTorch, which takes minutes")
+    parser.add_argument("--compile", action="store_true", help="also try the best one compiled by PyTorch: minutes")
+    parser.add_argument("--keep-precision", action="store_true", help="try float32 alone, which the models have")
     parser.add_argument("--opt", default="adam", help="adam (fastai's, the default) or fused (PyTorch's AdamW)")
     parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="for a model, compilation not counted; default: 27, more if steps are slow",
+        help="for a model, compilation not counted; default: 30, up to 60 where the first steps take long",
     )
     parser.add_argument(
         "--built-in",
@@ -58,9 +59,7 @@ def add_find_options(parser: Parser) -> None:
         action="store_true",
         help="also time fastai's own `to_channelslast()`, to compare",
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="afterwards measure those again that are close to the best"
-    )
+    parser.add_argument("--verify", action="store_true", help="afterwards measure all that can train again")
 
 
 def add_archs_options(parser: Parser) -> None:

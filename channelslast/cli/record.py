@@ -9,7 +9,7 @@ import fastai
 import torch
 
 from channelslast.devices import device_name
-from channelslast.find.result import FormatTiming, FormatTimings
+from channelslast.find import FormatTiming, FormatTimings
 from channelslast.summary import FormatSummary
 
 
@@ -55,6 +55,7 @@ def timings_record(
         "verdict": timings.verdict,
         "limit": timings.limit,
         "gpu_busy": timings.busy,
+        "optimizer_share": timings.optimizer_share,
         "format_gain": timings.format_gain,
         "data_items_per_s": timings.data_items_per_s,
         "rounds": max(len(row.samples) for row in timings),
@@ -68,4 +69,10 @@ def row_record(
 ) -> dict[str, Any]:
     numbers = {name: getattr(row, name) for name in ("ms", "iqr", "items_per_s", "speedup", "warmup_s", "peak_bytes")}
     numbers = {name: None if value is None or isnan(value) else round(value, 4) for name, value in numbers.items()}
-    return {"format": str(row.format), **numbers, "samples": [round(ms, 3) for ms in row.samples], "error": row.error}
+    return {
+        "format": str(row.format),
+        **numbers,
+        "samples": [round(ms, 3) for ms in row.samples],
+        "error": row.error,
+        "note": row.note,
+    }

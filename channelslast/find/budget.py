@@ -9,22 +9,31 @@ from typing import Any
 
 from channelslast.find.distributed import Processes
 
-BUDGET = 27.0  # seconds, unless others are asked for
+BUDGET = 30.0  # seconds, unless others are asked for
+PATIENT = 2.0  # times `BUDGET`, at most, where the first steps take long
+EXPECTED_FIRST_STEPS = 10.0  # seconds of first steps, in which algorithms are looked for, that fit into `BUDGET`
 
 
 class Budget:
-    "The time of a search: what was asked for, and what has gone."
+    "The time of a search: how long it may take, and what has gone."
 
     def __init__(
         self,
-        asked: float | None,  # seconds; None: `BUDGET`, or what the fewest rounds take
+        asked: float | None,  # seconds; None: `BUDGET`, up to `PATIENT` times that where the first steps take long
         processes: Processes,
     ):
         self.asked = asked
-        self.seconds = asked or BUDGET
         self.processes = processes
         self.started = time.perf_counter()
         self.uncounted = 0.0  # seconds of compilation
+        self.first_steps = 0.0  # seconds of steps in which the device looked for algorithms (cuDNN's benchmark)
+
+    @property
+    def seconds(self) -> float:
+        "What the search may take, by what is known so far."
+        if self.asked is not None:
+            return self.asked
+        return BUDGET + min((PATIENT - 1) * BUDGET, max(0.0, self.first_steps - EXPECTED_FIRST_STEPS))
 
     def measure_spent(
         self,
@@ -32,6 +41,13 @@ class Budget:
     ) -> float:
         "Wait for the other processes, and return the seconds of the budget that the slowest has spent."
         return self.processes.decide_together(max, time.perf_counter() - self.started - self.uncounted, place)
+
+    def measure_left(
+        self,
+        place: Any = None,
+    ) -> float:
+        "Wait for the other processes, and return the seconds that are left; below 0 where too many are spent."
+        return self.seconds - self.measure_spent(place)
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:
@@ -46,5 +62,5 @@ def check_budget(
 ) -> None:
     is_number = isinstance(budget, Real) and not isinstance(budget, bool)
     if budget is not None and not (is_number and isfinite(budget) and budget > 0):
-        default = f"None for {BUDGET:.0f}, or what a few rounds take"
+        default = f"None for {BUDGET:.0f}, up to {PATIENT * BUDGET:.0f} where a model's first steps take long"
         raise ValueError(f"budget={budget!r}: pass a number of seconds above 0, or {default}")

@@ -13,6 +13,7 @@ from channelslast.find.errors import drop_tensors
 from channelslast.find.memory import GpuMemory
 from channelslast.find.steps import NO_NUMBER, TimedSteps, WarmUp
 from channelslast.fit import FitDone
+from channelslast.graphs import CudaGraph
 from channelslast.restore import unchanged_learner
 
 
@@ -62,7 +63,10 @@ class Fits:
                         self.learn.fit(1, 0)
                 except FitDone:
                     pass
-                candidate.scaler_state, failure = steps.scaler_state, steps.error
+                candidate.scaler_state, failure = (
+                    steps.scaler_state,
+                    steps.error or _why_no_graph(self.learn, candidate),
+                )
         except (Exception, EndedElsewhere) as raised:
             failure = raised
         error = self.processes.report_failure(failure, steps and steps.place)
@@ -74,3 +78,11 @@ class Fits:
             gc.collect()
         self.memory.give_back(is_all=error is not None or new_steps is WarmUp)
         return steps, error
+
+
+def _why_no_graph(learn: Learner, candidate: Candidate) -> str | None:
+    "Why the model of a candidate with a CUDA graph ran as it is, None if it did not. The Learner's own may."
+    if not candidate.row.format.cuda_graph or candidate.is_own:
+        return None
+    reasons = [cb.reason for cb in learn.cbs if isinstance(cb, CudaGraph)]
+    return f"no CUDA graph: {reasons[0]}" if any(reasons) else None

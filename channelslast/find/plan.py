@@ -1,15 +1,17 @@
-"How a search spends its time: how many rounds, of how many steps each."
+"How a search spends its time on rounds: how many, of how many steps."
 
-import statistics
+from math import ceil
 
 import torch
 
 from channelslast.find.candidates import Candidate
 
-N_ROUNDS = 10  # more time makes them longer, which makes them steadier
+N_ROUNDS = 10  # as many as prove a small gain
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
-MIN_ROUNDS = 3  # fewer have no spread
+ENOUGH_STEPS = 8  # of the fastest, in a round; or
+ENOUGH_S = 0.15  # seconds of them
+ROUNDS_SHARE = 0.3  # of the budget, kept for rounds
 
 
 def round_s(
@@ -29,28 +31,13 @@ def choose_n_steps(
 ) -> int:
     "Return how many steps of a round let `seconds` hold `N_ROUNDS` of it, or `FEW_ROUNDS` of more steps."
     untimed_s, step_s = round_s(candidates, 0, device), sum(candidate.step_s for candidate in candidates)
-    timed_s = seconds / N_ROUNDS - untimed_s
-    if timed_s < max(untimed_s, FEW_STEPS * step_s):
-        timed_s = seconds / FEW_ROUNDS - untimed_s
-    return max(1, int(timed_s / step_s))
+    n_steps = int((seconds / N_ROUNDS - untimed_s) / step_s)
+    if n_steps < FEW_STEPS:
+        return max(1, min(FEW_STEPS, int((seconds / FEW_ROUNDS - untimed_s) / step_s)))
+    return min(n_steps, max(ENOUGH_STEPS, ceil(ENOUGH_S / min(candidate.step_s for candidate in candidates))))
 
 
-def check_holds_rounds(
-    budget: float,
-    spent: float,  # seconds of it
-    warm: list[Candidate],  # those that can train, one at least
-    n_waiting: int,  # candidates that have not been tried
-    warm_up_s: list[float],  # of all that have
-    device: torch.device,
-) -> None:
-    "Raise a `ValueError` where the budget is used up; once none is waiting, where it cannot hold the fewest rounds."
-    n_all = len(warm) + n_waiting
-    rounds_s = MIN_ROUNDS * round_s(warm, 1, device) * n_all / len(warm)
-    needed = spent + n_waiting * statistics.median(warm_up_s) + rounds_s
-    if spent > budget or (not n_waiting and needed > budget):
-        formats = "1 format" if n_all == 1 else f"{n_all} formats"
-        enough = f"{1.3 * needed:.{0 if needed > 5 else 2}f}"
-        raise ValueError(
-            f"budget={budget!r} seconds cannot hold {MIN_ROUNDS} timed steps of {formats}: pass at least {enough}, "
-            "None, or fewer formats"
-        )
+def is_enough(
+    n_rounds: int,
+) -> bool:
+    return n_rounds >= N_ROUNDS

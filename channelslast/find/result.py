@@ -1,5 +1,6 @@
 "What `format_find` measured: a table, a picture, and the format to train in."
 
+import os
 import re
 import statistics
 import textwrap
@@ -10,17 +11,21 @@ from functools import cached_property
 from html import escape
 from math import inf, isnan, nan
 
-import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from channelslast.find.choice import changes, choose_row, is_comparable, level_of
 from channelslast.find.errors import shorten
+from channelslast.find.evidence import FLOOR, n_rounds_to_prove
+from channelslast.find.picture import picture_size, plot_bars
+from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
+from channelslast.notebook import cell, image_html, show
 
-__all__ = ["FormatTiming", "FormatTimings"]
+__all__ = ["FormatTimings"]
 
 _BUSY = 0.9  # of the step: above, the GPU is what limits it
+_MUCH_OPTIMIZER = 1 / 3  # of the step: above, the optimizer is what limits it
 _NUMBERS = {
     "ms": "{:.2f}",
     "IQR": "{:.2f}",
@@ -29,34 +34,6 @@ _NUMBERS = {
     "peak GB": "{:.2f}",
     "warm-up s": "{:.1f}",
 }
-
-
-@dataclass
-class FormatTiming:
-    "A candidate: the training step of a Learner in one format."
-
-    format: TrainFormat
-    samples: list[float] = field(default_factory=list, repr=False)  # milliseconds a step, in the mean of each round
-    items_per_s: float = nan  # images, or what else a batch holds, in the mean of all rounds; of all processes
-    speedup: float = nan  # against the format that the Learner had; its FormatTimings sets it
-    peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA); what CUDA graphs hold is not known
-    warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
-    error: str | None = None  # why this candidate could not train
-
-    @property
-    def ms(self) -> float:
-        "Milliseconds of a training step, the median of the rounds; nan for a candidate that could not train."
-        return statistics.median(self.samples) if self.samples else nan
-
-    @property
-    def iqr(self) -> float:
-        "Interquartile range of the rounds, in milliseconds."
-        return _iqr(self.samples) if self.samples else nan
-
-
-def _iqr(samples: Sequence[float]) -> float:
-    low, high = np.percentile(samples, (25, 75))
-    return float(high - low)
 
 
 @dataclass(eq=False)
@@ -70,10 +47,14 @@ class FormatTimings(Sequence):
     start: TrainFormat  # the format that the Learner had
     data_items_per_s: float = inf  # what the training DataLoader yields, without training
     busy: float | None = None  # share of the best step in which the GPU ran any kernel; None where that is not known
+    optimizer_share: float | None = None  # of the best step, that the optimizer takes; None where that is not known
     model: str = ""  # class of the model
     device: str = ""
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the model's inputs
     n_steps: int = 1  # in each round
+    before_rounds_s: float = nan  # seconds of the search until the first round
+    round_s: float = nan  # seconds of a round
+    _shown_in: int | None = field(default=None, init=False)  # the cell of a notebook
 
     def __post_init__(self):
         for row in self.rows:
@@ -90,24 +71,19 @@ class FormatTimings(Sequence):
 
     @property
     def best(self) -> TrainFormat:
-        """The fastest format; among those that are not slower beyond the noise, the one that changes least.
+        """The fastest format that is proved faster than what the Learner had; that itself where none is.
 
-        One format is faster than another if their interquartile ranges do not overlap; or, which a drift of the whole
-        machine does not hide, if the median of the differences round by round is larger than its own uncertainty, 1.57
-        interquartile ranges over the root of the number of rounds (McGill, Tukey and Larsen 1978, "Variations of Box
-        Plots"; the notch of a box plot). Whatever is not faster than the format the Learner had is out.
+        The proof is a paired one-sided t-test on the rounds, that a format is more than `FLOOR` times as fast, at
+        `LEVEL` divided by the number of candidates (Bonferroni): where all are equal, the chance of another choice
+        stays below `LEVEL`. Of two formats that are both faster than that, the one that changes less, unless the test
+        (at 5%) finds the other faster. Only what was timed in the rounds can be chosen.
         """
         return self.best_row.format
 
     @cached_property
     def best_row(self) -> FormatTiming:
         "The row of `best`."
-        start = self.row(self.start)
-        able = [row for row in self.rows if not row.error]
-        able = [row for row in able if row is start or start.error or _is_faster(row, start)]
-        fastest = min(able, key=lambda row: row.ms)
-        equal = [row for row in able if not _is_faster(fastest, row)]
-        return min(equal, key=lambda row: (_n_changes(self.start, row.format), row.ms))
+        return choose_row(self.rows, self.row(self.start))
 
     def row(
         self,
@@ -123,55 +99,109 @@ class FormatTimings(Sequence):
         return None if twins is None else twins[0].ms / twins[1].ms
 
     def _twins(self) -> tuple[FormatTiming, FormatTiming] | None:
-        "Contiguous and channels last, all else as in `best`; None where one of them was not timed."
-        first, last = (self.row(replace(self.best, channels_last=channels_last)) for channels_last in (False, True))
-        if first is None or last is None or first.error or last.error:
-            return None
-        return first, last
+        "Contiguous and channels last, all else as in `best`, or else both eager; None where neither pair was timed."
+        eager = replace(self.best, compile=None, cuda_graph=False)
+        for fmt in (self.best, eager, replace(eager, fused_optimizer=self.start.fused_optimizer)):
+            first, last = (self.row(replace(fmt, channels_last=channels_last)) for channels_last in (False, True))
+            if first is not None and last is not None and first.samples and last.samples:
+                return first, last
+        return None
 
     @property
     def limit(self) -> str:
-        "What limits the best step: 'data', 'python' (and launches), 'gpu', or 'device' where only that is known."
+        """What limits the best step.
+
+        'data', 'optimizer' (it takes a third of the step), 'python' (and launches), 'gpu', or 'device' where only that
+        is known.
+        """
         if self.data_items_per_s < self.best_row.items_per_s:
             return "data"
+        if (self.optimizer_share or 0) >= _MUCH_OPTIMIZER:
+            return "optimizer"
         if self.busy is None:
             return "device"
         return "gpu" if self.busy >= _BUSY else "python"
 
     @property
+    def advice(self) -> str | None:
+        "A line of Python that may help against what limits the best step; None where none is known."
+        if self.limit == "data":
+            return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={os.cpu_count()})"
+        if self.limit == "optimizer" and not self.best.fused_optimizer:
+            return "learn.opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)"
+        if self.limit in ("python", "optimizer") and not any(row.format.compile for row in self.rows):
+            return "learn.to_fastest(compile=True)"
+        return None
+
+    @property
     def verdict(self) -> str:
         "One line: what to do, what limits the step, and what the format alone gave."
+        return " ".join(filter(None, (self._choice(), self._rival(), self._limit_words(), self._gain_words())))
+
+    def _choice(self) -> str:
+        best, start = self.best_row, self.row(self.start)
+        if not start.is_tried or start.note:
+            return f"Stay in {self.start}: there was no time to compare it with others{self._more_time(None)}."
+        if start.error and best is not start:
+            return f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
+        if best is not start:
+            return f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}."
+        if start.error:
+            return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
+        return f"Stay in {best.format}, nothing is proved to be faster: `{best.format.code}`."
+
+    def _rival(self) -> str:
+        "Why the fastest row is not the best, where it is not."
         best = self.best_row
-        if best.format == self.start:
-            words = f"Stay in {best.format}, nothing is faster beyond the noise: `{best.format.code}`."
-        elif self.row(self.start).error:
-            words = f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
-        else:
-            words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}."
-        return f"{words} {self._limit_words()}{self._gain_words()}"
+        rows = [row for row in self.rows if is_comparable(row) and row.ms < best.ms]
+        if best.error or not rows:
+            return ""
+        rival = min(rows, key=lambda row: row.ms)
+        gain = best.ms / rival.ms
+        reasons = ["within the noise"] if gain > FLOOR else ["which is too little to tell"]
+        more = set(changes(self.start, rival.format)) - set(changes(self.start, best.format))
+        if more and best.format != self.start:
+            reasons.append(f"and it changes more ({', '.join(sorted(more))})")
+        words = f"{rival.format} looks {gain:.2f} times as fast as that, {' '.join(reasons)}"
+        needed = n_rounds_to_prove(rival.samples, best.samples, level_of(self.rows))
+        if gain > FLOOR and best.format == self.start and needed is not None:
+            n = len(rival.samples)
+            rounds = "1 round is" if n == 1 else f"{n} rounds are"
+            words += f"; {rounds} too few to tell{self._more_time(needed)}"
+        return f"{words}."
+
+    def _more_time(
+        self,
+        n_rounds: int | None,  # that would tell; None: as many as a search makes
+    ) -> str:
+        "What more time would do, where that is known."
+        if n_rounds is None:
+            return ", pass a larger `budget`"
+        if isnan(self.round_s) or isnan(self.before_rounds_s):
+            return f", {n_rounds} would do"
+        seconds = 1.2 * (self.before_rounds_s + n_rounds * self.round_s)
+        return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
     def _limit_words(self) -> str:
-        busy = "" if self.busy is None else f" (busy {self.busy:.0%} of the step)"
-        python = f"Python and launches limit it, the GPU waits{busy}"
-        if not any(row.format.compile for row in self.rows):
-            python += "; `compile=True` also tries what PyTorch's compiler makes of it"
-        return {
+        busy = "" if self.busy is None else f"busy {self.busy:.0%} of the step"
+        share = "" if self.optimizer_share is None else f"the optimizer takes {self.optimizer_share:.0%} of it"
+        facts = ", ".join(filter(None, (busy, share)))
+        facts = f" ({facts})" if facts else ""
+        words = {
             "data": "Data loading limits it",
-            "python": python,
-            "gpu": f"The GPU limits it{busy}",
-            "device": f"The computation limits it ({self.device})",
-        }[self.limit] + "."
+            "optimizer": f"The optimizer takes {self.optimizer_share or 0:.0%} of the step",
+            "python": f"Python and launches limit it, the GPU waits{facts}",
+            "gpu": f"The GPU limits it{facts}",
+            "device": f"The computation limits it ({self.device}{', ' if share else ''}{share})",
+        }[self.limit]
+        return f"{words}; this may help: `{self.advice}`." if self.advice else f"{words}."
 
     def _gain_words(self) -> str:
         twins = self._twins()
         if twins is None:
             return ""
-        first, last = twins
-        rest = str(first.format).removeprefix("contiguous ")
-        noise = "" if _is_faster(last, first) or _is_faster(first, last) else ", within the noise"
-        return (
-            f" The format alone gives {self.format_gain:.2f} times (channels last against contiguous, {rest}{noise})."
-        )
+        rest = str(twins[0].format).removeprefix("contiguous ")
+        return f"The format alone gives {self.format_gain:.2f} times (channels last against contiguous, {rest})."
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."
@@ -180,7 +210,7 @@ class FormatTimings(Sequence):
                 "format": str(row.format),
                 **vars(row.format),
                 **{name: getattr(row, name) for name in ("ms", "iqr", "items_per_s", "speedup")},
-                **{name: getattr(row, name) for name in ("peak_bytes", "warmup_s", "error")},
+                **{name: getattr(row, name) for name in ("peak_bytes", "warmup_s", "error", "note")},
             }
             for row in self.rows
         )
@@ -195,11 +225,33 @@ class FormatTimings(Sequence):
         warning = [textwrap.fill(self._data_warning(), 110), ""] if self._data_warning() else []
         return "\n".join([*warning, *lines, textwrap.fill(self.verdict, 110, subsequent_indent="  ")])
 
-    def _repr_html_(self) -> str:
+    def show(
+        self,
+        show_plot: bool = True,  # draw the bars
+    ) -> None:
+        "Show table and picture where the user is: in the notebook's cell that runs now, else printed and plotted."
+        if cell() is not None:
+            self._shown_in = show(self.to_html(show_plot))
+            return
+        print(self)
+        if show_plot:
+            self.plot()
+
+    def to_html(
+        self,
+        show_plot: bool = True,  # with the picture
+    ) -> str:
+        "What a notebook shows."
         table = self._table(300).to_html(formatters=self._formatters(), na_rep="", border=0)
         words = [self._data_warning(), self._header(), self.verdict]
         warning, header, verdict = (re.sub("`(.*?)`", r"<code>\1</code>", escape(text)) for text in words)
-        return f"<p>{warning}</p><p>{header}</p>{table}<p>{verdict}</p>"
+        picture = image_html(self.plot, picture_size(len(self))) if show_plot else ""
+        return f"<p>{warning}</p><p>{header}</p>{table}<p>{verdict}</p>{picture}"
+
+    def _repr_html_(self) -> str | None:
+        if self._shown_in is not None and self._shown_in == cell():
+            return None  # it is the value of the cell that has shown it
+        return self.to_html()
 
     def _data_warning(self) -> str:
         if self.limit != "data":
@@ -214,7 +266,7 @@ class FormatTimings(Sequence):
     def _header(self) -> str:
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
-        n_rounds = max(len(row.samples) for row in self.rows)
+        n_rounds = max((len(row.samples) for row in self.rows if is_comparable(row)), default=0)
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"
 
@@ -239,11 +291,14 @@ class FormatTimings(Sequence):
         table.loc[[bool(row.error) for row in self.rows]] = nan  # also what was measured before it failed
         if table["peak GB"].isna().all():
             del table["peak GB"]
-        table[""] = [shorten(row.error, width) if row.error else ", ".join(self._marks(row)) for row in self.rows]
+        table[""] = [shorten(row.error, width) if row.error else ", ".join(self._words(row)) for row in self.rows]
         return table
 
     def _formatters(self) -> dict:
         return {name: number.format for name, number in _NUMBERS.items()}
+
+    def _words(self, row: FormatTiming) -> list[str]:
+        return [*self._marks(row), *([row.note] if row.note else [])]
 
     def _marks(self, row: FormatTiming) -> list[str]:
         return [word for word, fmt in (("now", self.start), ("best", self.best)) if row.format == fmt]
@@ -253,42 +308,10 @@ class FormatTimings(Sequence):
         ax: Axes | None = None,  # where to draw, a new figure if None
     ) -> Axes:
         "Draw a bar for each candidate: a step in the median of its rounds, with their interquartile range."
-        if ax is None:
-            _, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(self)), layout="constrained")
-        longest = max(row.ms for row in self.rows if not row.error)
-        for i, row in enumerate(self.rows):
-            if row.error:
-                ax.text(longest * 0.01, i, shorten(row.error, 70), va="center", fontsize=8, color="dimgray")
-                continue
-            quartiles = np.percentile(row.samples, (25, 75))
-            spread = [[max(0, row.ms - quartiles[0])], [max(0, quartiles[1] - row.ms)]]
-            marks = self._marks(row)
-            color = (0.16, 0.58, 0.53) if "best" in marks else (0.93, 0.58, 0.22) if marks else "0.75"
-            ax.barh(i, row.ms, color=color, xerr=spread, ecolor="0.3", capsize=2)
-            words = ", ".join(([] if isnan(row.speedup) else [f"{row.speedup:.2f}x"]) + marks)
-            ax.text(quartiles[1], i, f"  {words}", va="center")
-        data_ms = self._data_ms()
-        if data_ms > longest / 20:
-            ax.axvline(data_ms, color="crimson", linestyle="--", label="data loading alone")
-            ax.legend(loc="lower right", frameon=False)
-        ax.set(yticks=range(len(self)), yticklabels=[str(row.format) for row in self.rows])
-        ax.set(xlabel="ms a training step", xlim=(0, 1.25 * max(longest, data_ms)))
-        ax.invert_yaxis()
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_title(f"{self.model} on {self.device}", loc="left")
-        return ax
+        marks = dict(enumerate(map(self._marks, self.rows)))
+        return plot_bars(self.rows, marks, self._data_ms(), f"{self.model} on {self.device}", ax)
 
     def _data_ms(self) -> float:
         "Milliseconds in which the DataLoader yields what one step trains on."
-        return statistics.fmean(self.best_row.samples) * self.best_row.items_per_s / self.data_items_per_s
-
-
-def _is_faster(row: FormatTiming, other: FormatTiming) -> bool:
-    differences = [b - a for a, b in zip(row.samples, other.samples)]
-    is_apart = np.percentile(row.samples, 75) < np.percentile(other.samples, 25)
-    notch = 1.57 * _iqr(differences) / len(differences) ** 0.5
-    return bool(is_apart) or statistics.median(differences) > notch
-
-
-def _n_changes(start: TrainFormat, fmt: TrainFormat) -> int:
-    return sum(value != vars(start)[name] for name, value in vars(fmt).items())
+        best = self.best_row
+        return statistics.fmean(best.samples) * best.items_per_s / self.data_items_per_s if best.samples else 0.0

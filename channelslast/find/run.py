@@ -11,14 +11,17 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
+from channelslast.devices import FP32
 from channelslast.find.budget import Budget, check_budget
-from channelslast.find.candidates import Candidate, new_candidates
+from channelslast.find.candidates import Candidate
 from channelslast.find.distributed import training_processes
 from channelslast.find.result import FormatTimings
 from channelslast.find.search import Search
-from channelslast.formats import TrainFormat
+from channelslast.find.stages import Stage, new_stages
+from channelslast.formats import TrainFormat, to_train_format
 from channelslast.nested import check_type
 from channelslast.restore import unchanged_learner
 
@@ -26,43 +29,60 @@ from channelslast.restore import unchanged_learner
 @patch
 def format_find(
     self: Learner,
-    formats: Iterable[TrainFormat] | None = None,  # candidates; None: both formats, in all that the device accelerates
-    compile: bool = False,  # also try each compiled by PyTorch
+    formats: Iterable[TrainFormat | str] | None = None,  # candidates; None: what may pay on the device, in stages
+    compile: bool = False,  # also try the best one compiled by PyTorch
+    keep_precision: bool = False,  # try the Learner's own precision alone
     show_plot: bool = True,  # draw the bars
-    budget: float | None = None,  # seconds to take, compilation not counted; None: 27, more if steps are slow
+    budget: float | None = None,  # seconds to take, compilation not counted; None: 30, up to 60 if first steps are slow
 ) -> FormatTimings:
-    """Time a training step of this Learner in each format, and tell which to train in.
+    """Time a training step of this Learner in the formats that may pay, and tell which to train in.
 
     The steps are the Learner's own: model, loss, optimizer (at a learning rate of 0) and callbacks, on a few batches of
-    its training data, which are on the device already. The format that the Learner has is always a candidate. One that
-    fails becomes a row with the reason. Afterwards the Learner is as before, also when the search is interrupted;
-    trackers and loggers write nothing. (Data that come as a stream, without a way back, have gone on.)
+    its training data, which are on the device already. They go in stages, each with what the one before found: eager
+    formats; fused steps, where the optimizer has them; on CUDA, a CUDA graph; with `compile=True` the best one
+    compiled, and that with a CUDA graph. Then those that are not hopeless are timed in rounds beside the format that
+    the Learner has. One that is proved faster is the best, see `FormatTimings.best`. With `formats` these alone are
+    tried.
 
-    `learn.to_format(learn.format_find().best)` uses the result. With `compile=True` all that PyTorch has compiled in
-    this process is dropped, and compiled again when it is used.
+    A candidate that fails becomes a row with the reason; so does one that the budget does not reach. Afterwards the
+    Learner is as before, also when the search is interrupted: an interrupt puts everything back and is raised, as any
+    other. Trackers and loggers write nothing. (Data that come as a stream, without a way back, have gone on.)
 
-    Raises `TypeError` and `ValueError` for `formats`, `compile`, `show_plot` or a `budget` that cannot be, without
-    training data, and in the middle of a fit. Where no candidate can train, raises what the Learner raised in the
-    format that it has, with a note of all reasons; a `RuntimeError` with them where nothing was raised.
+    `learn.to_format(learn.format_find().best)`, in short `learn.to_fastest()`, uses the result. With `compile=True` all
+    that PyTorch has compiled in this process is dropped; it compiles the best format anew from the cache on its disk.
+
+    Raises `TypeError` and `ValueError` for arguments that cannot be, without training data, and in the middle of a fit.
+    Where no candidate can train, raises what the Learner raised in the format that it has, with a note of all reasons;
+    a `RuntimeError` with them where nothing was raised.
     """
-    formats = _check_formats(formats)
-    check_type("compile", compile, bool)
-    check_type("show_plot", show_plot, bool)
-    timings = find_format(self, new_candidates(self, formats, compile), budget)
+    for name, value in {"compile": compile, "keep_precision": keep_precision, "show_plot": show_plot}.items():
+        check_type(name, value, bool)
+    formats = _check_formats(formats, keep=self.train_format if keep_precision else None)
+    timings = find_format(self, new_stages(self, formats, compile, keep_precision), budget=budget)
     if not rank_distrib():
-        print(timings)
-        if show_plot:
-            timings.plot()
+        timings.show(show_plot)
     return timings
+
+
+@patch
+@delegates(Learner.format_find)
+def to_fastest(self: Learner, **kwargs) -> Learner:
+    """Find the fastest way to train with `format_find`, show it, and train so from the next fit on.
+
+    `learn.train_format` tells which it is, `learn.to_format` and `learn.to_contiguous` set others. Takes the options of
+    `format_find`, and raises what it does; nothing has changed then.
+    """
+    return self.to_format(self.format_find(**kwargs).best)
 
 
 def find_format(
     learn: Learner,
-    candidates: list[Candidate],
+    stages: list[Stage],
+    comparisons: Iterable[Candidate] = (),  # timed beside them, but no choices
     budget: float | None = None,  # seconds, see `Learner.format_find`
     start: TrainFormat | None = None,  # with which the others are compared; None: that of `learn`
 ) -> FormatTimings:
-    "Time `candidates` on `learn`, and leave it as it was."
+    "Time the candidates of `stages` on `learn`, and leave it as it was."
     check_budget(budget)
     if _is_in_a_fit(learn):
         raise RuntimeError("format_find in the middle of a fit of the same Learner: call it before or after")
@@ -71,15 +91,16 @@ def find_format(
         training_processes(learn) as processes,
         _progress_bar(learn) as progress,
         unchanged_learner(learn) as put_tensors_back,
-        room_for_compiled(any(candidate.is_compiled for candidate in candidates)),
+        room_for_compiled(any(stage.compiles for stage in stages)),
     ):
-        search = Search(learn, candidates, Budget(budget, processes), processes, progress, put_tensors_back)
+        time_left = Budget(budget, processes)
+        search = Search(learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back)
         search.run()
-        return search.finish(start)
+        return search.finish()
 
 
-def _check_formats(formats: Any) -> list[TrainFormat] | None:
-    legal = "pass a list, as [TrainFormat(True, amp_mode='bf16')], or None for all that the device accelerates"
+def _check_formats(formats: Any, keep: TrainFormat | None) -> list[TrainFormat] | None:
+    legal = "pass a list, as ['channels last bf16'] or [TrainFormat(True, amp_mode='bf16')], or None for what may pay"
     if formats is None:
         return None
     if isinstance(formats, (str, TrainFormat)) or not isinstance(formats, Iterable):
@@ -88,8 +109,15 @@ def _check_formats(formats: Any) -> list[TrainFormat] | None:
     if not formats:
         raise ValueError(f"formats={formats!r} is empty: {legal}")
     for fmt in formats:
-        if not isinstance(fmt, TrainFormat):
+        if not isinstance(fmt, (str, TrainFormat)):
             raise TypeError(f"formats holds {fmt!r}, which is not a TrainFormat: {legal}")
+    formats = [to_train_format(fmt) for fmt in formats]
+    for fmt in formats:
+        if keep is not None and fmt.amp_mode != keep.amp_mode:
+            raise ValueError(
+                f"keep_precision=True with formats that hold {str(fmt)!r}: pass formats in the Learner's own "
+                f"precision, {keep.amp_mode or FP32}, or keep_precision=False"
+            )
     return formats
 
 

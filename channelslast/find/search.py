@@ -1,4 +1,4 @@
-"The search: warm every candidate up, then time them in rounds that go to and fro between them."
+"The search: stage by stage warm candidates up, then time the hopeful ones in rounds that go to and fro between them."
 
 import statistics
 import time
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from math import nan
-from typing import Any
 
 from fastai.learner import Learner
 from fastai.torch_core import get_model
@@ -14,48 +13,50 @@ from fastai.torch_core import get_model
 from channelslast.devices import device_name, training_device
 from channelslast.find.batches import load_batches, n_items_in
 from channelslast.find.budget import Budget
-from channelslast.find.candidates import Candidate
+from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
-from channelslast.find.plan import MIN_ROUNDS, check_holds_rounds, choose_n_steps
+from channelslast.find.plan import ROUNDS_SHARE, choose_n_steps, is_enough, round_s
 from channelslast.find.result import FormatTimings
-from channelslast.find.steps import ProfiledStep, Round, WarmUp
+from channelslast.find.stages import HOPELESS, Stage, able, fastest
+from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
 from channelslast.formats import TrainFormat, uncompiled
-from channelslast.summary.gpu import gpu_shares
+from channelslast.summary.gpu import busy_seconds
 
 
 class Search:
-    "Times candidates on a Learner that its caller restores."
+    "Times the candidates of its stages on a Learner that its caller restores."
 
     def __init__(
         self,
         learn: Learner,
-        candidates: list[Candidate],
+        stages: list[Stage],
+        comparisons: list[Candidate],  # timed beside them, but no choices
+        start: TrainFormat,  # with which the others are compared
         budget: Budget,
         processes: Processes,
         progress: Callable[[float, str], None],  # takes a share between 0 and 1, and a comment
         put_tensors_back: Callable[[], None],
     ):
-        self.learn, self.candidates, self.budget, self.processes = learn, candidates, budget, processes
+        self.learn, self.stages, self.comparisons, self.start = learn, stages, comparisons, start
+        self.budget, self.processes = budget, processes
         self.progress, self.put_tensors_back = progress, put_tensors_back
         self.device = training_device(learn)
         self.memory = GpuMemory(learn, self.device)
-        self.warm_up_s: list[float] = []  # of each candidate so far, compilation not counted
-        self.n_steps = 1
-
-    @property
-    def remaining(self) -> list[Candidate]:
-        "Those that have not failed."
-        return [candidate for candidate in self.candidates if not candidate.row.error]
+        self.candidates: list[Candidate] = []
+        self.n_steps, self.round_s, self.before_rounds_s = 1, nan, nan
+        self.shapes: list[tuple[int, ...]] = []
 
     def run(self) -> None:
         self.load()
-        self.warm_up_all()
+        for stage in self.stages:
+            for candidate in self.new_candidates(stage):
+                self.candidates.append(candidate)
+                if not candidate.row.error:
+                    self.try_in_time(candidate, stage)
         self.check_any_remain()
-        seconds = self.budget.seconds - self.budget.measure_spent()
-        self.n_steps = choose_n_steps(self.remaining, seconds, self.device)
-        self.time_rounds()
+        self.time_rounds(self.choose_finalists())
 
     def load(self) -> None:
         failure = None
@@ -70,54 +71,58 @@ class Search:
         self.n_items = self.processes.decide_together(sum, n_items_in(batches[0]))
         self.fits = Fits(self.learn, batches, self.processes, self.memory, self.put_tensors_back)
 
-    def warm_up_all(self) -> None:
-        waiting = self.remaining
-        while waiting:
-            candidate, *waiting = waiting
-            self.tell(f"warm-up: {candidate.row.format}")
-            self.warm_up(candidate)
-            waiting = self.those_in_time(waiting)
+    def new_candidates(self, stage: Stage) -> list[Candidate]:
+        "Return the candidates of `stage` that no stage before had, and in the first stage the comparisons."
+        seen = {candidate.row.format for candidate in self.candidates if candidate.is_choice}
+        formats = dict.fromkeys(stage.propose(self.candidates))
+        candidates = [new_candidate(fmt, self.device, is_own=fmt == self.start) for fmt in formats if fmt not in seen]
+        return candidates if self.candidates else [*candidates, *self.comparisons]
+
+    def try_in_time(self, candidate: Candidate, stage: Stage) -> None:
+        "Warm `candidate` up if the budget has room for it, and for what is needed after it."
+        if self.candidates[0] is not candidate:
+            left = self.budget.measure_left()
+            first_s = [other.first_steps_s for other in self.candidates] if stage.is_first else []
+            needed = 0.0
+            if not candidate.is_needed:
+                n_needed = 1 if any(other.is_own for other in self.candidates) else 2  # the Learner's own comes, too
+                needed = n_needed * max(first_s, default=0.0) + ROUNDS_SHARE * self.budget.seconds
+            if left <= needed:
+                row = candidate.row
+                row.is_tried, row.error = False, f"not reached in {self.budget.seconds:.3g} seconds"
+                return
+        self.tell(f"{stage.name}: {candidate.row.format}")
+        self.warm_up(candidate)
+        is_eager = candidate in able(self.candidates) and not (candidate.is_compiled or candidate.has_graphs)
+        if is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
+            candidate.busy_s = self.measure_busy(candidate)
 
     def warm_up(self, candidate: Candidate) -> None:
-        spent = self.budget.measure_spent()
         started = time.perf_counter()
-        with self.budget.not_counting() if candidate.is_compiled else nullcontext():
+        with self.budget.not_counting() if candidate.is_compiled else nullcontext(), warnings.catch_warnings():
+            if not candidate.is_own:
+                warnings.filterwarnings("ignore", "No CUDA graph")  # it becomes the row's error
             steps, error = self.fits.train(
                 candidate,
                 WarmUp,
                 processes=self.processes,
-                is_late=lambda place: not candidate.is_compiled and self.is_late(place),
+                is_late=lambda place: not candidate.is_compiled and self.budget.measure_left(place) <= 0,
             )
             took = time.perf_counter() - started
-        self.warm_up_s.append(self.budget.measure_spent() - spent)
         candidate.row.error = error
-        if not error:
-            ms = steps.clock.read_ms()
-            candidate.step_s = self.processes.decide_together(max, statistics.fmean(ms[-2:]) / 1000)
-            candidate.overhead_s = self.processes.decide_together(max, took - sum(ms) / 1000)
-            candidate.row.warmup_s = took
-            self.shapes = steps.shapes
-
-    def is_late(self, place: Any = None) -> bool:
-        "Wait for the other processes, and return whether the seconds that were asked for are spent."
-        return self.budget.asked is not None and self.budget.measure_spent(place) > self.budget.asked
-
-    def those_in_time(self, waiting: list[Candidate]) -> list[Candidate]:
-        """Return those of `waiting` that are to be tried: none where all before failed and used up the budget.
-
-        Raise a `ValueError` where the budget is used up by what can train, or cannot hold the fewest rounds of all.
-        """
-        if self.budget.asked is None:
-            return waiting
-        warm = [candidate for candidate in self.remaining if candidate.step_s]
-        if warm:
-            spent = self.budget.measure_spent()
-            check_holds_rounds(self.budget.asked, spent, warm, len(waiting), self.warm_up_s, self.device)
-        elif self.is_late():
-            for candidate in waiting:
-                candidate.row.error = f"not tried, the budget of {self.budget.asked!r} seconds was used up"
-            return []
-        return waiting
+        if error:
+            return
+        ms, steady_ms = sum(steps.clock.read_ms()), steps.read_steady_ms()
+        n_first = steps.n_first or steps.n_steps
+        decide = self.processes.decide_together
+        candidate.step_s = decide(max, statistics.fmean(steady_ms) / 1000)
+        candidate.first_steps_s = decide(max, max(0.0, took - (steps.n_steps - n_first + 1) * steady_ms[-1] / 1000))
+        candidate.overhead_s = decide(max, took - ms / 1000)
+        candidate.row.warmup_s, candidate.row.samples = took, steady_ms
+        candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
+        if self.device.type == "cuda" and not candidate.is_compiled:
+            self.budget.first_steps += candidate.first_steps_s
+        self.shapes = steps.shapes
 
     def check_any_remain(self) -> None:
         "Raise an error if no choice is left: what the Learner itself raised, at first in the format that it has."
@@ -126,29 +131,53 @@ class Search:
             return
         reasons = "; ".join(f"{candidate.row.format}: {candidate.row.error}" for candidate in choices)
         words = f"No format can train this Learner. {reasons}"
-        choices.sort(key=lambda candidate: candidate.row.format != self.learn.train_format)
+        choices.sort(key=lambda candidate: not candidate.is_own)
         raised = next((candidate.raised for candidate in choices if candidate.raised), None)
         if raised is None:
             raise RuntimeError(words)
         raised.add_note(f"channelslast: {words}")
         raise raised
 
-    def time_rounds(self) -> None:
-        n_rounds, spent, took = 0, self.budget.measure_spent(), 0.0
-        while n_rounds < MIN_ROUNDS or spent + 0.5 * took < self.budget.seconds:  # the nearest number of rounds
-            for candidate in self.remaining[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none
-                self.tell(str(candidate.row.format))
-                self.time(candidate)
+    def choose_finalists(self) -> list[Candidate]:
+        "Return those to time in rounds, and note with the others what was seen of them."
+        best_s, finalists = fastest(self.candidates).step_s, []
+        for candidate in self.candidates:
+            row = candidate.row
+            if row.error or row.note:
+                continue
+            if candidate.is_needed or candidate.step_s <= HOPELESS * best_s:
+                finalists.append(candidate)
+            else:
+                row.note = f"{len(row.samples)} steps: {candidate.step_s / best_s:.1f} times the fastest"
+        return finalists
+
+    def time_rounds(self, finalists: list[Candidate]) -> None:
+        "Time rounds while there is time. Where there is none for two, the finalists keep their first steps."
+        self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left()
+        if finalists:
+            self.n_steps = choose_n_steps(finalists, left, self.device)
+            self.round_s = round_s(finalists, self.n_steps, self.device)
+        if not finalists or left < 2 * self.round_s:
+            for candidate in finalists:
+                candidate.row.note = f"{len(candidate.row.samples)} steps, no time for rounds"
+            return
+        for candidate in finalists:
+            candidate.row.samples = []
+        n_rounds = 0
+        while not is_enough(n_rounds) and left > 0.9 * self.round_s:
+            for candidate in finalists[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none
+                if not candidate.row.error:
+                    self.tell(f"rounds: {candidate.row.format}")
+                    self.time(candidate)
             n_rounds += 1
             self.check_any_remain()
-            took = self.budget.measure_spent() - spent
-            spent += took
+            before, left = left, self.budget.measure_left()
+            self.round_s = before - left
 
     def time(self, candidate: Candidate) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the warm-up gave them
-            n_lead = candidate.n_lead(self.device)
-            steps, error = self.fits.train(candidate, Round, n_lead=n_lead, n=self.n_steps)
+            steps, error = self.fits.train(candidate, Round, n_lead=candidate.n_lead(self.device), n=self.n_steps)
         row = candidate.row
         if error:
             row.error = error
@@ -160,37 +189,52 @@ class Search:
             row.peak_bytes = max(row.peak_bytes or 0, peak_bytes)
 
     def tell(self, comment: str) -> None:
+        best = fastest(self.candidates)
+        if best is not None:
+            comment += f" (best so far: {best.row.format}, {1000 * best.step_s:.1f} ms)"
         self.progress(self.budget.measure_spent() / self.budget.seconds, comment)
 
-    def finish(
-        self,
-        start: TrainFormat,  # with which the others are compared
-    ) -> FormatTimings:
-        "Profile the best candidate, and return the result."
+    def finish(self) -> FormatTimings:
+        "Measure what limits the best candidate, and return the result."
         rows = [candidate.row for candidate in self.candidates]
         for row in rows:
             row.items_per_s = 1000 * self.n_items / statistics.fmean(row.samples) if row.samples else nan
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
-            start=start,
+            start=self.start,
             data_items_per_s=self.data_items_per_s,
             model=type(uncompiled(get_model(self.learn.model))).__name__,
             device=device_name(self.device),
             shapes=self.shapes,
             n_steps=self.n_steps,
+            before_rounds_s=self.before_rounds_s,
+            round_s=self.round_s,
         )
         for row in rows:
-            row.speedup = timings.row(start).ms / row.ms
+            row.speedup = timings.row(self.start).ms / row.ms
         best = next(candidate for candidate in self.candidates if candidate.row is timings.best_row)
-        timings.busy = self.measure_busy(best)
+        if not best.row.error:
+            busy_s = self.measure_busy(best)
+            timings.busy = busy_s and min(1.0, 1000 * busy_s / best.row.ms)
+            timings.optimizer_share = self.measure_optimizer_share(best)
         return timings
 
     def measure_busy(self, candidate: Candidate) -> float | None:
-        "Train with the profiler, and return the share of a step in which the GPU runs any kernel; None if not known."
+        "Train with the profiler, and return the seconds of a step in which the GPU runs any kernel; None if not known."
         if self.device.type != "cuda":
             return None
-        with ExitStack() as profiling:
+        with ExitStack() as profiling, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             n_lead = candidate.n_lead(self.device)
             steps, error = self.fits.train(candidate, ProfiledStep, n_lead=n_lead, profiling=profiling)
-        busy = 0.0 if error else gpu_shares(steps.profiler.events(), candidate.row.ms / 1000).busy
+        busy = 0.0 if error else busy_seconds(steps.profiler.events())
         return self.processes.decide_together(max, busy) or None  # without any kernel the profiler does not work here
+
+    def measure_optimizer_share(self, candidate: Candidate) -> float | None:
+        "Train, and return the share of a step that the optimizer takes; None if that fails."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            n_lead = candidate.n_lead(self.device)
+            steps, error = self.fits.train(candidate, OptimizerSteps, n_lead=n_lead, n=3)
+        share = 0.0 if error else min(1.0, steps.read_step_ms() / candidate.row.ms)
+        return self.processes.decide_together(max, share) or None

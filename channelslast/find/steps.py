@@ -91,7 +91,7 @@ class TimedSteps(Callback):
 
 
 class WarmUp(TimedSteps):
-    "Time each step, until one is hardly faster than the one before."
+    "Time each step, until one is hardly faster than the one before; then a few more, without waiting for each."
 
     def __init__(
         self,
@@ -101,15 +101,29 @@ class WarmUp(TimedSteps):
     ):
         super().__init__(*args)
         self.processes, self.is_late = processes, is_late
+        self.n_more = 4 if self.clock.device.type == "cuda" else 1
+        self.n_first: int | None = None  # steps until they were steady
+        self.is_cut = False  # by the lack of time
 
     def mark(self):
         self.clock.mark()
 
     def has_enough(self) -> bool:
+        if self.n_first is None:
+            ms = self.clock.read_ms()
+            is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
+            is_steady = self.processes.decide_together(min, is_steady, self.place)
+            if is_steady or len(ms) >= MOST_WARM_UP:
+                self.n_first = len(ms)
+        elif self.n_steps == self.n_first + self.n_more:
+            return True
+        self.is_cut = self.is_late(self.place)
+        return self.is_cut
+
+    def read_steady_ms(self) -> list[float]:
+        "Wait for the last step, and return the milliseconds of each of the steady ones; at least those of one step."
         ms = self.clock.read_ms()
-        is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
-        is_steady = self.processes.decide_together(min, is_steady, self.place)
-        return is_steady or len(ms) >= MOST_WARM_UP or self.is_late(self.place)
+        return ms[self.n_first :][-3:] if self.n_first and len(ms) > self.n_first else ms[-1:]
 
 
 class Round(TimedSteps):
@@ -145,6 +159,42 @@ class Round(TimedSteps):
     def read_step_ms(self) -> float:
         "Wait for the last step, and return the milliseconds of a timed step, in the mean."
         return self.clock.read_ms()[-1] / self.n
+
+
+class OptimizerSteps(TimedSteps):
+    "Time what the optimizer takes of `n` steps, after `n_lead`: from the end of the backward pass to that of the step."
+
+    def __init__(
+        self,
+        *args: Any,
+        n_lead: int,
+        n: int,
+    ):
+        super().__init__(*args)
+        self.n_lead, self.n = n_lead, n
+        self.spans: list[tuple[int, int]] = []  # from which mark to which
+        self.begun: int | None = None
+
+    def after_backward(self):
+        self.begun = len(self.clock.marks)
+        self.clock.mark()
+
+    def after_step(self):
+        if self.begun is not None and self.n_steps >= self.n_lead:
+            self.spans.append((self.begun, len(self.clock.marks)))
+        self.clock.mark()
+        self.begun = None
+
+    def mark(self):
+        pass
+
+    def has_enough(self) -> bool:
+        return self.n_steps == self.n_lead + self.n
+
+    def read_step_ms(self) -> float:
+        "Wait for the last step, and return the milliseconds of an optimizer's step, in the mean of all steps."
+        ms = self.clock.read_ms()
+        return sum(sum(ms[first:last]) for first, last in self.spans) / self.n
 
 
 class ProfiledStep(Round):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
-__all__ = ["GpuShares", "gpu_shares"]
+__all__ = ["GpuShares", "busy_seconds", "gpu_shares"]
 
 # Kernels whose work is the layout: cuDNN's conversions and padding, and PyTorch's copies between different strides.
 # (`vectorized_` and `unrolled_elementwise_kernel` copy between equal strides, as a cast of the dtype does.)
@@ -29,13 +29,24 @@ def gpu_shares(
     events: Any,  # of torch.profiler, of one step
     seconds: float,  # that a step takes without the profiler
 ) -> GpuShares:
-    "Return the shares of the kernels among `events`; time in which several run, on several streams, is busy once."
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in kernels)
+    "Return what the kernels among `events` did."
+    kernels = _kernels(events)
+    total = sum(event.time_range.elapsed_us() for event in kernels)
+    layout = sum(event.time_range.elapsed_us() for event in kernels if _LAYOUT_KERNELS.search(event.name))
+    return GpuShares(layout / total if total else 0.0, min(1.0, busy_seconds(events) / seconds))
+
+
+def busy_seconds(
+    events: Any,  # of torch.profiler
+) -> float:
+    "Return for how long any kernel among `events` ran; those that overlap, on several streams, count once."
+    spans = sorted((event.time_range.start, event.time_range.end) for event in _kernels(events))
     busy, covered_until = 0.0, float("-inf")
-    for start, end, _ in spans:
+    for start, end in spans:
         busy += max(0.0, end - max(start, covered_until))
         covered_until = max(covered_until, end)
-    total = sum(end - start for start, end, _ in spans)
-    layout = sum(end - start for start, end, name in spans if _LAYOUT_KERNELS.search(name))
-    return GpuShares(layout / total if total else 0.0, min(1.0, busy / 1e6 / seconds))
+    return busy / 1e6
+
+
+def _kernels(events: Any) -> list[Any]:
+    return [event for event in events if event.device_type == DeviceType.CUDA]

@@ -1,0 +1,55 @@
+"Which of several timed formats to train in, by evidence."
+
+from channelslast.find.evidence import LEVEL, is_proved_faster
+from channelslast.find.timing import FormatTiming
+from channelslast.formats import TrainFormat
+
+__all__ = ["choose_row", "changes", "is_comparable", "level_of"]
+
+_LEVEL_AMONG_FASTER = 0.05  # of the test between formats that are all faster than what the Learner had
+
+
+def choose_row(
+    rows: list[FormatTiming],
+    start: FormatTiming,  # of the format that the Learner had, one of `rows`
+) -> FormatTiming:
+    """Return the fastest of the rows that are proved faster than `start`, or `start` where none is.
+
+    Of two that are both faster than `start`, the one that changes less, unless the test finds the other faster. Where
+    `start` cannot train any other is better; where it was not timed, none is known to be.
+    """
+    if not start.is_tried or start.note:
+        return start
+    able = [row for row in rows if is_comparable(row) and row is not start]
+    if not start.error:
+        level = level_of(rows)
+        able = [row for row in able if is_proved_faster(row.samples, start.samples, level)]
+    elif not able:  # nor was any other timed in the rounds
+        able = [row for row in rows if not row.error]
+    if not able:
+        return start
+    fastest = min(able, key=lambda row: row.ms)
+    equal = [row for row in able if not is_proved_faster(fastest.samples, row.samples, _LEVEL_AMONG_FASTER)]
+    return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
+
+
+def is_comparable(
+    row: FormatTiming,
+) -> bool:
+    "Whether `row` was timed in the rounds."
+    return not row.error and not row.note
+
+
+def level_of(
+    rows: list[FormatTiming],
+) -> float:
+    "Return the level of each comparison with the format that the Learner had: all together keep `LEVEL` (Bonferroni)."
+    return LEVEL / max(1, sum(row.is_tried for row in rows) - 1)
+
+
+def changes(
+    start: TrainFormat,
+    fmt: TrainFormat,
+) -> list[str]:
+    "Return the fields of `fmt` that differ from those of `start`."
+    return [name for name, value in vars(fmt).items() if value != vars(start)[name]]

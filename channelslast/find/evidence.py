@@ -1,0 +1,53 @@
+"What rounds of timed steps prove: whether one format is faster than another."
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import t, ttest_rel
+
+__all__ = ["LEVEL", "FLOOR", "is_proved_faster", "n_rounds_to_prove"]
+
+LEVEL = 0.025  # the chance of a wrong choice, of all candidates together, where all are equal
+FLOOR = 1.01  # times as fast: who gains less gains nothing
+_MOST_ROUNDS = 1000
+
+
+def is_proved_faster(
+    samples: Sequence[float],  # milliseconds a step, one for each round
+    others: Sequence[float],  # of the other format, in the same rounds
+    level: float,  # the chance of being wrong where both are equal
+) -> bool:
+    """Whether a format is more than `FLOOR` times as fast as another, by a paired one-sided t-test on the rounds.
+
+    The test is on the logarithms, for noise grows with the step. In pairs, so that what slows a whole round down, as
+    others on the machine, counts for neither. Without two rounds nothing is proved.
+    """
+    gains = _log_gains(samples, others)
+    if len(gains) < 2:
+        return False
+    if np.ptp(gains) == 0:  # a clock that is too coarse for any noise: the test divides by it
+        return bool(gains[0] > np.log(FLOOR))
+    return bool(ttest_rel(gains, np.full(len(gains), np.log(FLOOR)), alternative="greater").pvalue < level)
+
+
+def n_rounds_to_prove(
+    samples: Sequence[float],
+    others: Sequence[float],
+    level: float,
+) -> int | None:
+    """How many rounds would do, in most cases, if gain and noise are as in these; None if none are foreseen."""
+    gains = _log_gains(samples, others)
+    if len(gains) < 2:
+        return None
+    gain, noise = gains.mean() - np.log(FLOOR), gains.std(ddof=1)
+    for n in range(len(gains) + 1, _MOST_ROUNDS):
+        # a margin of one standard error: the next rounds may be less lucky
+        if gain > noise / n**0.5 * (t.ppf(1 - level, n - 1) + 1):
+            return n
+    return None
+
+
+def _log_gains(samples: Sequence[float], others: Sequence[float]) -> np.ndarray:
+    "The logarithms of how many times as fast the first was, round by round."
+    n = min(len(samples), len(others))
+    return np.log(others[:n]) - np.log(samples[:n])
