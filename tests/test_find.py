@@ -1242,7 +1242,6 @@ def test_on_a_gpu_every_precision_with_its_memory_and_what_limits_it(cuda_learne
     assert timings.row(CONTIGUOUS).peak_bytes > 0
     assert any(row.format.fused_optimizer for row in timings) and any(row.format.cuda_graph for row in timings)
     assert 0 < timings.busy <= 1 and 0 < timings.optimizer_share < 1 and "peak GB" in str(timings)
-    assert timings.best.cuda_graph
 
 
 @pytest.mark.cuda
@@ -1285,7 +1284,8 @@ def test_memory_of_the_search_is_that_of_its_hungriest_candidate(cuda_learner, m
         real()
 
     alone = []
-    for fmt in (CONTIGUOUS, LAST, TrainFormat(False, "fp16"), LAST_BF16):
+    graphs = [TrainFormat(True, mode, cuda_graph=True) for mode in (None, "fp16", "bf16")]
+    for fmt in (CONTIGUOUS, LAST, TrainFormat(False, "fp16"), LAST_BF16, *graphs):
         learn = cuda_learner()
         torch.cuda.empty_cache()
         real()
@@ -1316,7 +1316,7 @@ def test_out_of_memory_is_a_row_and_gives_its_memory_back(cuda_learner):
     learn = cuda_learner(cbs=Hungry())
     before = torch.cuda.memory_allocated()
     timings = learn.format_find(show_plot=False)
-    assert "OutOfMemoryError" in timings[1].error and [bool(row.error) for row in timings].count(True) == 1
+    assert "OutOfMemoryError" in timings.row(LAST).error and [bool(row.error) for row in timings].count(True) == 1
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
@@ -1371,7 +1371,7 @@ def test_cuda_graphs_are_timed_interleaved_and_given_back(cuda_learner, assert_u
         print(row.format, [round(ms, 2) for ms in row.samples], row.peak_bytes, row.warmup_s)
     assert not any(row.error for row in timings)
     hungriest = max(row.peak_bytes or 0 for row in timings)
-    assert [row.peak_bytes is None for row in timings] == [False, False, True, False, True]
+    assert not any(row.peak_bytes for row in timings if row.format.compile)
     assert torch.cuda.memory_allocated() <= before + 2**20
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before + hungriest

@@ -73,10 +73,11 @@ class Fits:
         if isinstance(failure, Exception):
             drop_tensors(failure)
             candidate.raised = failure
-        if error:
-            failure = None
-            gc.collect()
-        self.memory.give_back(is_all=error is not None or new_steps is WarmUp)
+        failure = None
+        if error or candidate.has_graphs:
+            gc.collect()  # graphs, and the frames of an error, stand in reference cycles
+        is_all = error is not None or candidate.has_graphs or new_steps is WarmUp
+        self.memory.give_back(is_all)
         return steps, error
 
 

@@ -92,6 +92,7 @@ def find_format(
         _progress_bar(learn) as progress,
         unchanged_learner(learn) as put_tensors_back,
         room_for_compiled(any(stage.compiles for stage in stages)),
+        _quick_collections(),
     ):
         time_left = Budget(budget, processes)
         search = Search(learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back)
@@ -153,6 +154,20 @@ def room_for_compiled(is_on: bool) -> Iterator[None]:
         finally:
             torch.compiler.reset()  # else they would count against the limit; and CUDA graphs hold memory
             gc.collect()
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    "Let garbage collections, of which a search makes many, look at what comes in it alone."
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
