@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,10 +67,8 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     fastest = min(able, key=lambda row: row.ms)
     started = time.perf_counter()
     learn.to_format(timings.best)
-    try:
+    with suppress(FitDone):
         learn.fit(1, 0, cbs=TwoSteps())
-    except FitDone:
-        pass
     record = {"arch": arch, "bs": bs, "seconds": round(seconds, 1), "pick": str(timings.best)}
     record["ready_s"] = round(time.perf_counter() - started, 1)
     record["times_fastais_own"] = None if own.row.error else round(own.row.ms / best.ms, 3)
