@@ -113,7 +113,7 @@ def test_times_both_formats_in_every_precision_that_the_device_accelerates_and_f
 def test_what_is_hopeless_is_not_timed_in_the_rounds(timed):
     timings = timed.format_find(show_plot=False)
     for fmt in (CONTIGUOUS_BF16, LAST):
-        assert "times the fastest" in timings.row(fmt).note and len(timings.row(fmt).samples) == 1
+        assert "times the fastest" in timings.row(fmt).note and len(timings.row(fmt).samples) == 4
     for fmt in (LAST_BF16, CONTIGUOUS, LAST_BF16_FUSED):  # among them what the Learner has, however slow
         assert timings.row(fmt).note is None and len(timings.row(fmt).samples) == 3
 
@@ -279,7 +279,7 @@ def test_first_steps_are_not_timed_and_reported_apart(new_learner, clock, plain_
     timings = new_learner(lambda: SlowStart(clock)).format_find(show_plot=False, budget=200)
     assert [timings.row(fmt).ms for fmt in (CONTIGUOUS, LAST)] == pytest.approx([40, 20])
     took = [timings.row(fmt).warmup_s for fmt in (CONTIGUOUS, LAST)]
-    assert took == pytest.approx([60 + 6 * 0.04, 60 + 6 * 0.02], abs=0.05)
+    assert took == pytest.approx([60 + 9 * 0.04, 60 + 9 * 0.02], abs=0.05)
 
 
 def test_rounds_are_interleaved_and_as_long_as_the_others(timed, many_rounds):
@@ -294,7 +294,7 @@ def test_rounds_are_interleaved_and_as_long_as_the_others(timed, many_rounds):
     assert all(training for _, training in order)
     lengths = [len(timings[0].samples), len(timings[1].samples)]
     assert lengths == [10, 10] and timings.n_steps == 8
-    n_warm, n_timed = 2 * 4, 2 * 10 * (1 + timings.n_steps)
+    n_warm, n_timed = 2 * 7, 2 * 10 * (1 + timings.n_steps)
     assert len(order) == n_warm + n_timed + 1 + 3  # and what the optimizer takes
     formats, n = [fmt for fmt, _ in order[n_warm:]], 1 + timings.n_steps
     to_and_fro = [CONTIGUOUS] * n + [LAST] * 2 * n + [CONTIGUOUS] * n
@@ -322,7 +322,7 @@ def test_what_is_not_reached_says_so_and_what_is_needed_comes_first(new_learner,
     class Slow(TimedNet):
         def forward(self, x):
             clock.steps = getattr(clock, "steps", 0) + 1
-            clock.tick(7.0 if clock.steps in (1, 5) else 0)
+            clock.tick(7.0 if clock.steps in (1, 8) else 0)
             return super().forward(x)
 
     timings = new_learner(lambda: Slow(clock)).format_find(show_plot=False, budget=25)
@@ -395,7 +395,8 @@ def test_step_rate_is_a_mean_as_the_data_rate_is(new_learner, clock, plain_cpu, 
             clock.tick(1.0 if clock.now % 10 > 7 else 0.0)  # as a machine that others use
             return super().forward(x)
 
-    row = new_learner(lambda: SometimesSlow(clock)).format_find(show_plot=False, budget=90).row(LAST)
+    timings = new_learner(lambda: SometimesSlow(clock)).format_find(show_plot=False, budget=90)
+    row = max(timings, key=lambda row: np.mean(row.samples) / row.ms)
     assert row.items_per_s == pytest.approx(8000 / np.mean(row.samples)) and np.mean(row.samples) > 1.1 * row.ms
 
 
@@ -464,7 +465,7 @@ def test_warm_up_ends(new_learner, clock, plain_cpu):
 
     learn = new_learner(EverFaster)
     find_format(learn, stages_of(CONTIGUOUS))
-    assert clock.steps == 12 + 1 + 3 * (1 + 2) + 1 + 3
+    assert clock.steps == 12 + 4 + 3 * (1 + 2) + 1 + 3
 
 
 def test_rounds_are_few_where_little_of_them_is_timed(new_learner, clock, plain_cpu, many_rounds):
@@ -849,11 +850,11 @@ class FailsLate(Callback):
             raise RuntimeError("late")
 
 
-def test_candidate_that_fails_late(learn, plain_cpu):
-    learn.add_cb(FailsLate(5))
+def test_candidate_that_fails_late(learn, plain_cpu, many_rounds):
+    learn.add_cb(FailsLate(30))
     timings = learn.format_find([LAST], show_plot=False)
     assert "late" in timings[1].error and timings[1].samples == [] and timings.best == CONTIGUOUS
-    assert len(timings[0].samples) == 3
+    assert len(timings[0].samples) == 10
 
 
 def test_compile_error_is_a_row(learn, plain_cpu, monkeypatch):
@@ -939,8 +940,8 @@ def test_error_that_becomes_a_row_holds_no_tensors(new_learner, plain_cpu):
     assert timings[0].error == "ValueError: second" and held and not any(alive) and len(alive) > 6
 
 
-def test_all_failing_in_the_rounds_is_an_error_too(learn, plain_cpu):
-    learn.add_cb(FailsLate(2 * 13 - 8, counts_contiguous=True))
+def test_all_failing_in_the_rounds_is_an_error_too(learn, plain_cpu, many_rounds):
+    learn.add_cb(FailsLate(50, counts_contiguous=True))
     with pytest.raises(RuntimeError, match=r"No format can train.*late.*late"):
         learn.format_find([LAST], show_plot=False)
 

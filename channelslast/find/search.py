@@ -115,7 +115,7 @@ class Search:
         ms, steady_ms = sum(steps.clock.read_ms()), steps.read_steady_ms()
         n_first = steps.n_first or steps.n_steps
         decide = self.processes.decide_together
-        candidate.step_s = decide(max, statistics.fmean(steady_ms) / 1000)
+        candidate.step_s = decide(max, statistics.median(steady_ms) / 1000)
         candidate.first_steps_s = decide(max, max(0.0, took - (steps.n_steps - n_first + 1) * steady_ms[-1] / 1000))
         candidate.overhead_s = decide(max, took - ms / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms

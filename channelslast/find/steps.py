@@ -16,6 +16,7 @@ from channelslast.fit import FitDone
 NO_NUMBER = "the loss is"  # begins the error of a loss that is nan or infinite
 MOST_CANCELLED = 12  # batches without a backward pass, before the first that has one
 MOST_WARM_UP = 12  # steps
+MORE_MS = 500  # milliseconds of steady steps after these, four at most
 
 
 class TimedSteps(Callback):
@@ -101,7 +102,7 @@ class WarmUp(TimedSteps):
     ):
         super().__init__(*args)
         self.processes, self.is_late = processes, is_late
-        self.n_more = 4 if self.clock.device.type == "cuda" else 1
+        self.n_more = 0
         self.n_first: int | None = None  # steps until they were steady
         self.is_cut = False  # by the lack of time
 
@@ -114,7 +115,8 @@ class WarmUp(TimedSteps):
             is_steady = len(ms) >= 3 and ms[-1] > 0.9 * ms[-2]
             is_steady = self.processes.decide_together(min, is_steady, self.place)
             if is_steady or len(ms) >= MOST_WARM_UP:
-                self.n_first = len(ms)
+                longest = self.processes.decide_together(max, ms[-1], self.place)
+                self.n_first, self.n_more = len(ms), max(1, min(4, int(MORE_MS / max(1e-3, longest))))
         elif self.n_steps == self.n_first + self.n_more:
             return True
         self.is_cut = self.is_late(self.place)
@@ -123,7 +125,7 @@ class WarmUp(TimedSteps):
     def read_steady_ms(self) -> list[float]:
         "Wait for the last step, and return the milliseconds of each of the steady ones; at least those of one step."
         ms = self.clock.read_ms()
-        return ms[self.n_first :][-3:] if self.n_first and len(ms) > self.n_first else ms[-1:]
+        return ms[self.n_first :] if self.n_first and len(ms) > self.n_first else ms[-1:]
 
 
 class Round(TimedSteps):

@@ -63,15 +63,14 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     own.is_choice = False
     again = find_format(learn, [Stage("again", lambda seen: formats, True, args.compile)], [own], args.again)
     best = again.row(timings.best)
-    able = [row for row in again if not row.error]
-    fastest = min(able, key=lambda row: row.ms)
+    fastest = min((row for row in again if not row.error), key=lambda row: row.ms)
     started = time.perf_counter()
     learn.to_format(timings.best)
     with suppress(FitDone):
         learn.fit(1, 0, cbs=TwoSteps())
     record = {"arch": arch, "bs": bs, "seconds": round(seconds, 1), "pick": str(timings.best)}
     record["ready_s"] = round(time.perf_counter() - started, 1)
-    record["times_fastais_own"] = None if own.row.error else round(own.row.ms / best.ms, 3)
+    record["times_fastais_own"] = None if own.row.error or not own.row.samples else round(own.row.ms / best.ms, 3)
     record["pick_vs_fastest"] = round(fastest.ms / best.ms, 3)
     record["fastest"] = str(fastest.format)
     print(*(f"{key} {value}" for key, value in record.items()), flush=True)
