@@ -22,7 +22,7 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from channelslast.callback import ChannelsLast
-from channelslast.find import budget, distributed
+from channelslast.find import distributed, plan
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
@@ -88,7 +88,7 @@ class ConvertsTooLate(ChannelsLast):
 
 
 def search(learn):
-    budget.BUDGET = 1e-3
+    plan.N_ROUNDS, plan.FEW_STEPS, plan.ENOUGH_STEPS, plan.ENOUGH_S = 3, 1, 1, 0
     model, loaders, fails = learn.model, list(learn.dls.loaders), Fails()
     params = list(model.parameters())
     failing = learn.add_cb(fails).format_find([TrainFormat(True)], show_plot=False)

@@ -27,7 +27,7 @@ from fastai.optimizer import SGD, Adam
 from torch import nn
 
 from channelslast import memory_format
-from channelslast.find import budget
+from channelslast.find import plan
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 
@@ -427,7 +427,8 @@ def search(learn):
 
 @pytest.fixture
 def quick_search(monkeypatch):
-    monkeypatch.setattr(budget, "BUDGET", 1e-3)
+    for name, value in {"N_ROUNDS": 2, "FEW_STEPS": 1, "ENOUGH_STEPS": 1, "ENOUGH_S": 0}.items():
+        monkeypatch.setattr(plan, name, value)
 
 
 @pytest.mark.parametrize("call, every", [(summarise, 17), (search, 97)])  # 1 has been run by hand

@@ -11,7 +11,7 @@ from channelslast.find.distributed import Processes
 
 BUDGET = 30.0  # seconds, unless others are asked for
 PATIENT = 2.0  # times `BUDGET`, at most, where the first steps take long
-EXPECTED_FIRST_STEPS = 10.0  # seconds of first steps, in which algorithms are looked for, that fit into `BUDGET`
+EXPECTED_FIRST_STEPS = 15.0  # seconds of first steps, in which algorithms are looked for, that fit into `BUDGET`
 
 
 class Budget:

@@ -12,6 +12,7 @@ FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
 ROUNDS_SHARE = 0.3  # of the budget, kept for rounds
+LIMIT_SHARE = 0.05  # of the budget, kept for finding what limits the best step
 
 
 def round_s(
@@ -20,8 +21,13 @@ def round_s(
     device: torch.device,
 ) -> float:
     "Return the seconds that a round of `n_steps` of each candidate takes, about."
-    overhead_s = min(candidate.overhead_s for candidate in candidates)  # the first one's is higher
-    return sum(overhead_s + (candidate.n_lead(device) + n_steps) * candidate.step_s for candidate in candidates)
+    least_s = min(candidate.overhead_s for candidate in candidates)  # the first one's is higher
+    return sum(
+        # graphs are captured in each
+        (candidate.first_steps_s if candidate.has_graphs and not candidate.is_compiled else least_s)
+        + (candidate.n_lead(device) + n_steps) * candidate.step_s
+        for candidate in candidates
+    )
 
 
 def choose_n_steps(

@@ -17,7 +17,7 @@ from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
-from channelslast.find.plan import ROUNDS_SHARE, choose_n_steps, is_enough, round_s
+from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s
 from channelslast.find.result import FormatTimings
 from channelslast.find.stages import HOPELESS, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
@@ -61,7 +61,7 @@ class Search:
     def load(self) -> None:
         failure = None
         try:
-            batches, items_per_s = load_batches(self.learn, min(2.0, self.budget.seconds / 10))
+            batches, items_per_s = load_batches(self.learn, min(1.0, self.budget.seconds / 10))
         except Exception as raised:
             failure = raised
         reason = self.processes.report_failure(failure, is_patient=True)
@@ -120,7 +120,7 @@ class Search:
         candidate.overhead_s = decide(max, took - ms / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
         candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
-        if self.device.type == "cuda" and not candidate.is_compiled:
+        if self.device.type == "cuda" and not (candidate.is_compiled or candidate.has_graphs):
             self.budget.first_steps += candidate.first_steps_s
         self.shapes = steps.shapes
 
@@ -153,7 +153,8 @@ class Search:
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
         "Time rounds while there is time. Where there is none for two, the finalists keep their first steps."
-        self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left()
+        kept = LIMIT_SHARE * self.budget.seconds
+        self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
         if finalists:
             self.n_steps = choose_n_steps(finalists, left, self.device)
             self.round_s = round_s(finalists, self.n_steps, self.device)
@@ -171,7 +172,7 @@ class Search:
                     self.time(candidate)
             n_rounds += 1
             self.check_any_remain()
-            before, left = left, self.budget.measure_left()
+            before, left = left, self.budget.measure_left() - kept
             self.round_s = before - left
 
     def time(self, candidate: Candidate) -> None:
