@@ -4,7 +4,6 @@ import copy
 import gc
 import signal
 import sys
-import traceback
 from collections import Counter
 from contextlib import suppress
 from itertools import count, product
