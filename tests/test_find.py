@@ -352,9 +352,9 @@ def test_compilation_does_not_count(timed, clock, monkeypatch, many_rounds):
         return real(self, candidate, new_steps, **kwargs)
 
     monkeypatch.setattr(Fits, "train", slow_if_compiled)
-    timings = timed.format_find([TrainFormat(True, None, "default")], show_plot=False, budget=10)
+    timings = timed.format_find([TrainFormat(True, None, "default"), LAST], show_plot=False, budget=10)
     assert 1002 < clock.now < 1012 and timings[1].warmup_s == pytest.approx(1000, abs=1)
-    assert len(timings[1].samples) == 10
+    assert len(timings[1].samples) == len(timings[2].samples) == 10  # nor does it keep another from being tried
 
 
 @pytest.mark.parametrize("drift", [0.01, -0.01])

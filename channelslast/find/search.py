@@ -82,7 +82,8 @@ class Search:
         "Warm `candidate` up if the budget has room for it, and for what is needed after it."
         if self.candidates[0] is not candidate:
             left = self.budget.measure_left()
-            first_s = [other.first_steps_s for other in self.candidates] if stage.is_first else []
+            eager = [other for other in self.candidates if not other.is_compiled]
+            first_s = [other.first_steps_s for other in eager] if stage.is_first else []
             needed = 0.0
             if not candidate.is_needed:
                 n_needed = 1 if any(other.is_own for other in self.candidates) else 2  # the Learner's own comes, too
