@@ -110,6 +110,22 @@ def _accelerated_by_cpu() -> tuple[torch.dtype, ...]:
     return tuple(dtype for dtype, names in instructions.items() if names & features)
 
 
+@cache
+def has_fused_steps(
+    device_type: str,
+    dtype: torch.dtype,  # of a parameter
+) -> bool:
+    "Whether PyTorch's fused optimizers step such a parameter. Those of PyTorch 2.6 leave it as it is in half on a CPU."
+    if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.float64, *_DTYPES.values()):
+        return False
+    if device_type == "cuda":
+        return True
+    param = torch.zeros(64, dtype=dtype, requires_grad=True)  # more than fit in a vector of the CPU's
+    param.grad = torch.ones_like(param)
+    torch.optim.SGD([param], lr=1.0, fused=True).step()
+    return bool((param == -1).all())
+
+
 def _cpu_features() -> set[str]:
     "Names of instruction sets: PyTorch's where it tells (`torch.cpu.get_capabilities`), else Linux's."
     if hasattr(torch.cpu, "get_capabilities"):

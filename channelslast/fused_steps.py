@@ -24,6 +24,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from channelslast.devices import has_fused_steps
 from channelslast.memory_format import match_strides
 
 __all__ = ["Plan", "why_no_kernel", "names_of", "foreach"]
@@ -176,16 +177,13 @@ def names_of(
 
 # Which parameters a kernel steps
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 def _has_kernel(param: Tensor, grad: Tensor) -> bool:
     "Whether the fused kernels take `param` with `grad`. Those of the CPU step wrong elements where strides differ."
     return (
         type(param) in (Tensor, nn.Parameter)
         and type(grad) is Tensor
-        and param.device.type in ("cuda", "cpu")
-        and param.dtype in _DTYPES
+        and has_fused_steps(param.device.type, param.dtype)
         and param.layout is torch.strided
         and param.numel() > 0
         and _is_dense(param)

@@ -33,6 +33,8 @@ from fastcore.foundation import L
 from torch import nn
 
 import channelslast.all  # noqa: F401, for `after_exception`
+from channelslast.devices import has_fused_steps
+from channelslast.fused_steps import Plan
 from channelslast.optimizer import (
     FusedOptimizer,
     check_fused_optimizer,
@@ -453,6 +455,39 @@ def test_half_precision_is_at_least_as_exact_as_with_fastai(opt_func):
     exact = trained(torch.float64, False)
     error, plain_error = [(trained(torch.bfloat16, is_fused) - exact).norm() for is_fused in (True, False)]
     assert error <= 1.1 * plain_error
+
+
+@pytest.fixture
+def no_halves(monkeypatch):
+    "PyTorch 2.6, whose fused kernels of the CPU leave parameters in half precision as they are."
+    real = torch.optim.SGD.step
+
+    def step(opt):
+        if opt.param_groups[0]["params"][0].dtype is torch.float32 or not opt.param_groups[0].get("fused"):
+            return real(opt)
+
+    has_fused_steps.cache_clear()
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    yield
+    has_fused_steps.cache_clear()
+
+
+def test_halves_that_the_cpu_does_not_step_are_left_to_fastai(no_halves):
+    params = [nn.Parameter(torch.ones(64, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    plan = Plan(SGD(params, lr=0.1))
+    assert [param is params[1] for _, param in plan.plain] == [True] and plan.stepped[0] is params[0]
+
+
+def test_optimizer_of_pytorch_that_does_not_step_halves_is_not_fused(no_halves):
+    param = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    assert "makes other steps" in why_not_fused(OptimWrapper([param], torch.optim.SGD, lr=0.1))
+
+
+def test_kernels_of_a_gpu_and_of_whole_precision_are_not_doubted(no_halves):
+    assert has_fused_steps("cpu", torch.float32) and has_fused_steps("cuda", torch.bfloat16)
+    assert not has_fused_steps("cpu", torch.int32) and not has_fused_steps("mps", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["Adam", "momentum true decay", "SGD L2"])
