@@ -720,6 +720,7 @@ def elsewhere(tmp_path_factory, digits_folder):
     folder = tmp_path_factory.mktemp("files")
     image = an_image(digits_folder)
     expected = {}
+    torch.compiler.reset()  # PyTorch 2.6 exports no model whose code was compiled as often as it may be
     with pytest.MonkeyPatch.context() as monkeypatch:
         only_on(monkeypatch, "cpu", (torch.bfloat16,))
         images = new_digits_learner(digits_folder, folder / "image_net")
