@@ -70,7 +70,7 @@ def pytest_pyfunc_call():
 
 
 def pytest_collection_finish():
-    "A collection of garbage need not look at what the imports have left: half a million objects, that is most of it."
+    "A collection of garbage need not look again at what the imports have left."
     gc.collect()
     gc.freeze()
 
