@@ -7,8 +7,9 @@ from matplotlib.ticker import MaxNLocator
 
 from channelslast.summary.records import LayerFormat
 
-__all__ = ["plot_layers"]
+__all__ = ["PICTURE_SIZE", "plot_layers"]
 
+PICTURE_SIZE = (12, 3)  # inches
 _GREY, _ORANGE, _GREEN = (0.92, 0.92, 0.92), (0.93, 0.58, 0.22), (0.16, 0.58, 0.53)
 
 
@@ -19,7 +20,7 @@ def plot_layers(
     "Draw a bar for each layer, its activations above its gradients; triangles mark where it loses the format."
     n = len(layers)
     if ax is None:
-        _, ax = plt.subplots(figsize=(12, 3), layout="constrained")
+        _, ax = plt.subplots(figsize=PICTURE_SIZE, layout="constrained")
     line_width = min(0.5, 40 / (n or 1))
     for bottom, phase in ((1, "forward"), (0, "backward")):
         colors = [_color(layer.share(phase)) for layer in layers]

@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
+from channelslast.notebook import image_html
 from channelslast.summary.gpu import GpuShares
 from channelslast.summary.hints import UNCONVERTED, average_hint, hints_for
-from channelslast.summary.picture import plot_layers
+from channelslast.summary.picture import PICTURE_SIZE, plot_layers
 from channelslast.summary.records import FormatEvent, LayerFormat
 
 __all__ = ["FormatSummary", "dtype_name", "quoted"]
@@ -156,7 +157,10 @@ class FormatSummary:
             with pd.option_context("display.max_colwidth", None):
                 parts.append(self._table().to_html(index=False, border=0))
             parts += map(_paragraph, self._legend())
-        return "\n".join([*parts, *map(_paragraph, (self.verdict, *self._notes()))])
+        parts += map(_paragraph, (self.verdict, *self._notes()))
+        if self.layers:
+            parts.append(image_html(self.plot, PICTURE_SIZE))
+        return "\n".join(parts)
 
     def _header(self) -> str:
         shapes = ", ".join(_shape(shape) for shape in self.shapes)
