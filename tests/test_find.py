@@ -220,7 +220,7 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     "What each proposes, by what was seen: where Python hides what the GPU takes, its busy time decides."
     monkeypatch.setattr("channelslast.find.stages.training_device", lambda learn: torch.device("cuda"))
     monkeypatch.setattr("channelslast.find.stages.accelerated_dtypes", lambda device: (torch.float16, torch.bfloat16))
-    monkeypatch.setattr("channelslast.find.stages.has_fused_steps", lambda learn: True)
+    monkeypatch.setattr("channelslast.find.stages.can_be_fused", lambda learn: True)
     eager, fused, graphs, compiled, compiled_graph, others = new_stages(learn, compile=True)
     formats = eager.propose([])
     assert [str(fmt) for fmt in formats] == [

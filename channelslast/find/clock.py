@@ -10,8 +10,7 @@ def wait_for(
     device: torch.device,
 ) -> None:
     "Wait until `device` is done with all work that it was given."
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == device.type:
         torch.accelerator.synchronize(device)
 
 

@@ -47,7 +47,7 @@ def new_stages(
     else:
         eager = eager_formats(learn, keep_precision)
         stages = [Stage("eager", lambda seen: eager, is_first=True, compiles=start.compile is not None)]
-        if has_fused_steps(learn):
+        if can_be_fused(learn):
             stages.append(Stage("fused steps", fused))
         if device.type == "cuda":
             stages.append(Stage("CUDA graph", graphs))
@@ -61,7 +61,7 @@ def new_stages(
     return stages
 
 
-def has_fused_steps(learn: Learner) -> bool:
+def can_be_fused(learn: Learner) -> bool:
     try:
         check_fused_optimizer(learn, training_device(learn))
     except ValueError:
