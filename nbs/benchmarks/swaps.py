@@ -1,0 +1,305 @@
+"""Measure the forms of operators that keep channels last, and what they do to whole models.
+
+    python nbs/benchmarks/swaps.py operators --out swaps_operators.json
+    python nbs/benchmarks/swaps.py unet --out swaps_unet.json
+    python nbs/benchmarks/swaps.py archs --out swaps_archs.json
+
+Each section prints a line for each result, and writes the record after it. With `--seconds` it ends in time, and begins
+where it ended when it is called again with the same file. `--device cpu --size 64` runs on a CPU, small.
+
+`operators`: whether a form is equal to the bit, and what it costs, forward and backward, next to PyTorch's own, for an
+image and an incoming gradient that are channels last. `alone` is the operator's time; `in a model` has the conversions
+of what is not channels last, which the layers around it need. `gpu` is the kernels' time, replayed as a CUDA graph;
+`eager` is what passes when Python launches them.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from channelslast import forms
+from channelslast.cli.record import made_with
+from channelslast.memory_format import CHANNELS_LAST
+from channelslast.tensors import format_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Record:
+    "The results so far, in a file, by name; and the time that is left."
+
+    def __init__(self, out: Path | None, seconds: float, device: torch.device):
+        self.out, self.end = out, time.monotonic() + seconds
+        self.results: dict[str, Any] = {}
+        if out and out.exists():
+            self.results = json.loads(out.read_text())["results"]
+        command = shlex.join(["python", "nbs/benchmarks/swaps.py", *sys.argv[1:]])
+        self.facts = made_with(command, device)
+
+    def is_due(self, name: str) -> bool:
+        return name not in self.results and time.monotonic() < self.end
+
+    def add(self, name: str, result: dict) -> None:
+        self.results[name] = result
+        print(f"{name:44}", *(f"{key} {value}" for key, value in result.items()), flush=True)
+        if self.out:
+            self.out.write_text(json.dumps({**self.facts, "results": self.results}, indent=1) + "\n")
+
+
+# Operators
+
+
+class FrozenBatchNorm(torch.autograd.Function):
+    "PyTorch's batch norm with its running statistics, and a gradient in the image's own format."
+
+    @staticmethod
+    def forward(ctx, image, mean, var, weight, bias, eps):
+        ctx.save_for_backward(image, mean, var, weight)
+        ctx.eps = eps
+        return F.batch_norm(image, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        image, mean, var, weight = ctx.saved_tensors
+        shape = (1, -1) + (1,) * (image.ndim - 2)
+        inverse = torch.rsqrt(var + ctx.eps)
+        scale = (weight * inverse).view(shape)
+        grads = [None] * 6
+        if ctx.needs_input_grad[0]:
+            grads[0] = torch.mul(grad, scale, out=torch.empty_like(image))
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            dims = (0, *range(2, image.ndim))
+            grads[4] = grad.sum(dims, dtype=torch.float32)
+            grads[3] = ((image - mean.view(shape)) * grad).sum(dims, dtype=torch.float32) * inverse
+        return tuple(grads)
+
+
+def batch_norm_by_function(norm: nn.Module, image: Tensor) -> Tensor:
+    return FrozenBatchNorm.apply(image, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def batch_norm_of_rows(norm: nn.Module, image: Tensor) -> Tensor:
+    pixels = image.movedim(1, -1)
+    rows = pixels.reshape(-1, pixels.shape[-1])
+    rows = F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return rows.reshape(pixels.shape).movedim(-1, 1)
+
+
+def frozen(channels: int, weights: bool, ndim: int = 4) -> nn.Module:
+    norm = (nn.BatchNorm2d if ndim == 4 else nn.BatchNorm3d)(channels).eval()
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    nn.init.normal_(norm.running_mean)
+    return norm.requires_grad_(weights)
+
+
+def average_by_pool(image: Tensor) -> Tensor:
+    return (F.avg_pool2d if image.ndim == 4 else F.avg_pool3d)(image, image.shape[2:])
+
+
+def of(form: Callable, *args: Any) -> Callable:
+    return lambda module, image: form(image, *args)
+
+
+def own(module: nn.Module, image: Tensor) -> Tensor:
+    return module(image)
+
+
+def operators(size: int, bs: int) -> Iterator[tuple[str, nn.Module, Callable, tuple[int, ...]]]:
+    "Name, PyTorch's module, the form, and the shape of an image, as in usual models at `size` pixels."
+    s, b = size, bs
+    yield "pixel_shuffle 2", nn.PixelShuffle(2), of(forms.pixel_shuffle, 2), (b, 384, s // 4, s // 4)
+    yield "pixel_shuffle 2 small", nn.PixelShuffle(2), of(forms.pixel_shuffle, 2), (b, 1024, s // 32, s // 32)
+    yield "pixel_shuffle 4", nn.PixelShuffle(4), of(forms.pixel_shuffle, 4), (b, 48, s // 4, s // 4)
+    yield "pixel_unshuffle 2", nn.PixelUnshuffle(2), of(forms.pixel_unshuffle, 2), (b, 64, s // 2, s // 2)
+    yield "pixel_unshuffle 4 of rgb", nn.PixelUnshuffle(4), of(forms.pixel_unshuffle, 4), (b, 3, s, s)
+    yield "channel_shuffle", nn.ChannelShuffle(2), of(forms.channel_shuffle, 2), (b, 116, s // 8, s // 8)
+    yield "channel_shuffle 3d", nn.ChannelShuffle(4), of(forms.channel_shuffle, 4), (b // 4, 64, 8, s // 8, s // 8)
+    for mode, cls in (
+        ("reflect", nn.ReflectionPad2d),
+        ("replicate", nn.ReplicationPad2d),
+        ("circular", nn.CircularPad2d),
+    ):
+        for p, shape in ((1, (b, 64, s // 2, s // 2)), (3, (b // 4, 3, s, s)), ((1, 0, 1, 0), (b, 96, s // 2, s // 2))):
+            padding = (p,) * 4 if isinstance(p, int) else p
+            yield f"{mode} {p} {shape[1]}", cls(p), of(forms.pad, padding, mode), shape
+    pads = (("reflect", nn.ReflectionPad3d), ("replicate", nn.ReplicationPad3d), ("circular", nn.CircularPad3d))
+    for mode, cls in pads:
+        yield f"{mode} 3d", cls(1), of(forms.pad, (1,) * 6, mode), (b // 8, 32, 16, s // 4, s // 4)
+    for channels in (21, 256):
+        shape = (b, channels, s // 4, s // 4)
+        yield f"softmax {channels}", nn.Softmax(1), of(forms.softmax), shape
+        yield f"log_softmax {channels}", nn.LogSoftmax(1), of(forms.log_softmax), shape
+    yield "softmax 3d", nn.Softmax(1), of(forms.softmax), (b // 8, 8, 16, s // 4, s // 4)
+    yield "glu", nn.GLU(1), of(forms.glu), (b, 256, s // 8, s // 8)
+    for channels, side in ((512, 7), (2048, 7), (1280, 7), (256, 56)):
+        side = max(2, side * s // 224)
+        shape = (b, channels, side, side)
+        yield f"average {channels} {side}", nn.AdaptiveAvgPool2d(1), of(forms.global_average), shape
+        yield f"average {channels} {side} by avg_pool", nn.AdaptiveAvgPool2d(1), of(average_by_pool), shape
+    shape = (b // 4 or 1, 512, 2, max(2, s // 32), max(2, s // 32))
+    yield "average 3d", nn.AdaptiveAvgPool3d(1), of(forms.global_average), shape
+    for weights in (True, False):
+        for channels, side in ((64, s // 4), (1024, s // 16)):
+            name = f"frozen batch_norm {channels} {'with' if weights else 'without'} gradients of weights"
+            norm, shape = frozen(channels, weights), (b, channels, side, side)
+            yield f"{name}, function", norm, batch_norm_by_function, shape
+            yield f"{name}, rows", norm, batch_norm_of_rows, shape
+    yield "frozen batch_norm 3d, function", frozen(64, True, 5), batch_norm_by_function, (b // 4, 64, 8, s // 4, s // 4)
+    # no form, but a hint: GroupNorm in place of InstanceNorm
+    for channels, side in ((64, s // 4), (256, s // 16)):
+        shape = (b, channels, side, side)
+        yield f"InstanceNorm, GroupNorm {channels}", nn.InstanceNorm2d(channels), of(F.group_norm, channels), shape
+        norm = nn.GroupNorm(channels, channels)
+        plain = nn.InstanceNorm2d(channels, affine=True)
+        plain.group_norm = norm
+        yield f"InstanceNorm, GroupNorm affine {channels}", plain, lambda module, x: module.group_norm(x), shape
+    plain = nn.InstanceNorm3d(32)
+    yield "InstanceNorm, GroupNorm 3d", plain, of(F.group_norm, 32), (b // 8, 32, 16, s // 4, s // 4)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=CHANNELS_LAST.get(tensor.ndim, torch.contiguous_format))
+
+
+def difference(first: Tensor, second: Tensor) -> str:
+    "'equal', or the share of unequal numbers and the largest difference, in units in the last place of the largest."
+    if torch.equal(first, second):
+        return "equal"
+    a, b = first.double(), second.double()
+    unit = torch.finfo(first.dtype).eps * 2 ** torch.floor(torch.log2(a.abs().max()))
+    return f"{float((a != b).double().mean()):.1%} by {float((a - b).abs().max() / unit):.2g}"
+
+
+def step(function: Callable, module: nn.Module, image: Tensor, grad: Tensor, convert: bool) -> tuple[Tensor, ...]:
+    output = function(module, image)
+    params = [param for param in module.parameters() if param.requires_grad]
+    made = channels_last(output) if convert else output
+    first, *others = torch.autograd.grad(made, [image, *params], grad, allow_unused=True)
+    return (made.detach(), channels_last(first) if convert else first, *others)
+
+
+def eager_ms(run: Callable, device: torch.device, n: int) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start) / n)
+    return statistics.median(times)
+
+
+def gpu_ms(run: Callable, n: int) -> float:
+    "The time of `n` steps in one CUDA graph, each."
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(n):
+            run()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / n)
+    return statistics.median(times)
+
+
+def measure_operator(module: nn.Module, form: Callable, shape: tuple, dtype: torch.dtype, device: torch.device) -> dict:
+    torch.manual_seed(0)
+    module.to(device)
+    image = channels_last(torch.randn(shape, device=device).to(dtype)).requires_grad_()
+    with torch.no_grad():
+        output = form(module, image)
+    grad = channels_last(torch.randn(output.shape, device=device).to(output.dtype))
+    row: dict[str, Any] = {}
+    results = {}
+    for name, function in (("plain", own), ("form", form)):
+        results[name] = output, image_grad, *_ = step(function, module, image, grad, convert=False)
+        lost = ["f"] * (format_of(output) == "contiguous") + ["b"] * (format_of(image_grad) == "contiguous")
+        row[f"{name}_loses"] = "".join(lost)
+    again = step(own, module, image, grad, convert=False)
+    for part, a, b, c in zip(("forward", "gradient", "weight", "bias"), results["plain"], results["form"], again):
+        if a is not None and b is not None:
+            row[part] = difference(a, b)
+            if not torch.equal(a, c):
+                row[f"{part} of plain again"] = difference(a, c)
+    del results, again, output, image_grad
+    n = 20 if device.type == "cuda" else 1
+    for where, convert in (("alone", False), ("in a model", True)):
+        for name, function in (("plain", own), ("form", form)):
+
+            def run(function=function, convert=convert):
+                step(function, module, image, grad, convert)
+
+            row[f"{name} {where} eager"] = round(eager_ms(run, device, n), 4)
+            if device.type == "cuda":
+                row[f"{name} {where} gpu"] = round(gpu_ms(run, n), 4)
+    clock = "gpu" if device.type == "cuda" else "eager"
+    row["times"] = round(row[f"plain in a model {clock}"] / row[f"form in a model {clock}"], 2)
+    return row
+
+
+def run_operators(args: argparse.Namespace, record: Record, device: torch.device) -> None:
+    names = args.only or []
+    for name, module, form, shape in operators(args.size, args.bs or 32):
+        for dtype in args.dtypes:
+            title = f"{name} {dtype}"
+            if not record.is_due(title) or not all(word in title for word in names):
+                continue
+            try:
+                result = measure_operator(module, form, shape, DTYPES[dtype], device)
+            except Exception as error:  # the next ones are measured all the same
+                result = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+            record.add(title, {"shape": list(shape), **result})
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+SECTIONS = {"operators": run_operators}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("section", choices=SECTIONS, help="what to measure")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--size", type=int, default=224, help="pixels square")
+    parser.add_argument("--bs", type=int, help="images in a batch; default: 32, and what is usual for an architecture")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="of operators")
+    parser.add_argument("--only", nargs="+", help="results with all these words in their name alone")
+    parser.add_argument("--seconds", type=float, default=540, help="after which nothing new is begun")
+    parser.add_argument("--out", type=Path, help="write the record to this file, and go on from it")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.backends.cudnn.benchmark = True
+    device = torch.device(args.device)
+    SECTIONS[args.section](args, Record(args.out, args.seconds, device), device)
+
+
+if __name__ == "__main__":
+    main()
