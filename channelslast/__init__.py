@@ -3,8 +3,9 @@
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary
+from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary, swaps
 from channelslast import learner as _learner  # noqa: F401, the methods of Learner
+from channelslast import subclasses as _subclasses  # noqa: F401, what lets PyTorch compile them
 from channelslast.callback import *
 from channelslast.devices import *
 from channelslast.find import *
@@ -14,8 +15,9 @@ from channelslast.memory_format import *
 from channelslast.optimizer import *
 from channelslast.precision import *
 from channelslast.summary import *
+from channelslast.swaps import *
 
-_ROOMS = (callback, formats, find, summary, precision, devices, graphs, optimizer, memory_format)
+_ROOMS = (callback, formats, find, summary, precision, devices, graphs, optimizer, memory_format, swaps)
 __all__ = [name for room in _ROOMS for name in room.__all__]
 
 try:

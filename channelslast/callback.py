@@ -1,5 +1,6 @@
 "`ChannelsLast`: the callback that trains in channels last."
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
@@ -27,6 +28,7 @@ from channelslast.memory_format import (
     with_wrapped,
 )
 from channelslast.precision import MixedPrecision
+from channelslast.swaps import keep_channels_last
 
 __all__ = ["ChannelsLast"]
 
@@ -86,6 +88,10 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
     def _keep_format(self):
         if self.is_on:
             convert_learner(self.learn, channels_last=True)
+
+    def around_batches(self) -> AbstractContextManager:
+        "What the batches of an epoch run in: the model keeps the format, and is the user's own before and after."
+        return keep_channels_last(self.model) if self.is_on else nullcontext()
 
     def before_batch(self):
         if self.input_ndims:

@@ -261,9 +261,15 @@ _all_batches = Learner.all_batches
 
 @patch
 def all_batches(self: Learner):
-    "Train or evaluate `self.model` on all batches of `self.dl`; show an exception to callbacks with `after_exception`."
+    """Train or evaluate `self.model` on all batches of `self.dl`.
+
+    Inside of what `around_batches` of callbacks returns; an exception is shown to them with `after_exception`.
+    """
     try:
-        with lean_events(self) if _is_lean(self) else nullcontext():
+        with ExitStack() as stack, lean_events(self) if _is_lean(self) else nullcontext():
+            for cb in self.cbs:
+                if hasattr(type(cb), "around_batches"):
+                    stack.enter_context(cb.around_batches())
             _all_batches(self)
     except BaseException as error:  # no event of fastai's follows one that it does not know
         with ExitStack() as stack:  # all of them, also where one is interrupted
