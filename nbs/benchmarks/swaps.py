@@ -11,9 +11,16 @@ where it ended when it is called again with the same file. `--device cpu --size 
 image and an incoming gradient that are channels last. `alone` is the operator's time; `in a model` has the conversions
 of what is not channels last, which the layers around it need. `gpu` is the kernels' time, replayed as a CUDA graph;
 `eager` is what passes when Python launches them.
+
+`unet`: a training step of fastai's U-Net on a resnet34, as fastai's own `to_channelslast()` and this package train it,
+with swaps and without. Each contender keeps its Learner; a round is one fit of each in turn.
+
+`archs`: a training step of many architectures with swaps and without, in turn, on one Learner; and what
+`format_summary` says of them then. Nothing is timed where nothing is swapped.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import statistics
@@ -21,18 +28,37 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import torchvision
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner
+from fastai.optimizer import Adam
+from fastai.vision.learner import create_unet_model
+from fastai.vision.models import xresnet
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typical_use import Steps
 
-from channelslast import forms
+from channelslast import ChannelsLast, TrainFormat, forms, keep_channels_last
 from channelslast.cli.record import made_with
 from channelslast.memory_format import CHANNELS_LAST
+from channelslast.swaps import swapped_classes
 from channelslast.tensors import format_of
+from channelslast.zoo import (
+    arch_names,
+    fused_adamw,
+    new_learner,
+    synthetic_dls,
+    synthetic_loss,
+    to_fastai_channelslast,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -266,11 +292,11 @@ def measure_operator(module: nn.Module, form: Callable, shape: tuple, dtype: tor
 
 
 def run_operators(args: argparse.Namespace, record: Record, device: torch.device) -> None:
-    names = args.only or []
     for name, module, form, shape in operators(args.size, args.bs or 32):
         for dtype in args.dtypes:
             title = f"{name} {dtype}"
-            if not record.is_due(title) or not all(word in title for word in names):
+            is_wanted = not args.only or any(word in title for word in args.only)
+            if not is_wanted or not record.is_due(title):
                 continue
             try:
                 result = measure_operator(module, form, shape, DTYPES[dtype], device)
@@ -281,7 +307,239 @@ def run_operators(args: argparse.Namespace, record: Record, device: torch.device
                 torch.cuda.empty_cache()
 
 
-SECTIONS = {"operators": run_operators}
+# Whole models
+
+
+def without_swaps() -> Any:
+    return patch.object(ChannelsLast, "around_batches", lambda self: nullcontext())
+
+
+def fit_ms(learn: Learner, device: torch.device, n_steps: int, swaps: bool, profile: bool = False) -> Steps:
+    steps = Steps(n_steps, device, profile and device.type == "cuda")
+    with nullcontext() if swaps else without_swaps():
+        learn.fit(1, 1e-4, cbs=steps)
+    return steps
+
+
+def quiet(learn: Learner) -> Learner:
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *args: None
+    return learn
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def unet_contenders(bs: int, cuda: bool, amp: str) -> dict[str, tuple[TrainFormat | None, bool]]:
+    "By name: the format, None for fastai's own, and whether modules are swapped."
+    last, compiled = TrainFormat(True, amp), TrainFormat(True, amp, "default")
+    found = {"fastai's own": (None, False)}
+    found |= {
+        f"contiguous {mode}": (TrainFormat(False, mode), False) for mode in (("fp16", "bf16") if cuda else (amp,))
+    }
+    found |= {"channels last": (last, False), "swaps": (last, True)}
+    if cuda:
+        found |= {
+            "bf16": (replace(last, amp_mode="bf16"), False),
+            "bf16, swaps": (replace(last, amp_mode="bf16"), True),
+        }
+    found |= {"contiguous compiled": (replace(compiled, channels_last=False), False)}
+    found |= {"compiled": (compiled, False), "compiled, swaps": (compiled, True)}
+    if cuda and bs <= 8:
+        for name, fmt in (("", last), ("compiled, ", compiled)):
+            fast = replace(fmt, fused_optimizer=True, cuda_graph=True)
+            found[f"contiguous {name}fused, graph"] = replace(fast, channels_last=False), False
+            found[f"{name}fused, graph"] = fast, False
+            found[f"{name}fused, graph, swaps"] = fast, True
+    return found
+
+
+def run_unet(args: argparse.Namespace, record: Record, device: torch.device) -> None:
+    cuda = device.type == "cuda"
+    for bs in [args.bs] if args.bs else [32, 8]:
+        title = f"DynamicUnet resnet34 {bs}"
+        if not record.is_due(title):
+            continue
+        found = unet_contenders(bs, cuda, args.amp_mode)
+        learners, rows = {}, {name: {} for name in found}
+        for name, (fmt, _) in found.items():
+            is_wanted = not args.only or any(word in name for word in args.only)
+            if name != "fastai's own" and (not is_wanted or (args.no_compile and "compiled" in name)):
+                continue
+            torch.manual_seed(0)
+            learners[name] = quiet(new_learner("DynamicUnet", bs, args.size, device, Adam))
+            if fmt is None:
+                to_fastai_channelslast(learners[name], args.amp_mode)
+            else:
+                learners[name].to_format(fmt)
+        rounds: dict[str, list[float]] = {name: [] for name in learners}
+        steps_ms: dict[str, list[float]] = {name: [] for name in learners}
+        n_rounds = 0
+        # one round more than is timed, in which all is compiled, and the last one profiled
+        while n_rounds < args.rounds + 1:
+            is_last = n_rounds == args.rounds or time.monotonic() > record.end
+            for name, learn in list(learners.items()):
+                try:
+                    steps = fit_ms(learn, device, args.steps, found[name][1], profile=is_last)
+                except Exception as error:
+                    rows[name]["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    del learners[name], rounds[name], steps_ms[name]
+                    continue
+                ms = steps.steps_ms()
+                if n_rounds:
+                    steps_ms[name] += ms
+                    rounds[name].append(statistics.median(ms))
+                else:
+                    rows[name]["first_step_s"] = round(steps.first_s, 2)
+                if steps.layout is not None:
+                    rows[name] |= {"busy_ms": round(steps.busy_ms, 2), "layout": round(steps.layout, 4)}
+                if found[name][0] is not None and found[name][0].cuda_graph:
+                    rows[name]["reason"] = learn.cuda_graph.reason
+                print(f"  round {n_rounds} {name:36} {statistics.median(ms):.2f} ms", flush=True)
+                free(device)
+            n_rounds += 1
+            if is_last:
+                break
+        for name, row in rows.items():
+            if rounds.get(name):
+                row["ms"] = round(statistics.median(steps_ms[name]), 3)
+                row["rounds"] = [round(ms, 3) for ms in rounds[name]]
+                ratios = [own / ours for own, ours in zip(rounds["fastai's own"], rounds[name])]
+                row["times_fastais_own"] = round(statistics.median(ratios), 3)
+            print(f"{bs:3} {name:36}", *(f"{key} {value}" for key, value in row.items()), flush=True)
+        del learners, learn
+        free(device)
+        torch.compiler.reset()
+        record.add(title, {"bs": bs, "size": args.size, "amp_mode": args.amp_mode, "rows": rows})
+
+
+# By name: images in a batch. 'unet BODY OPTION...' is fastai's
+ARCHS = {
+    "unet resnet34": 16,
+    "unet resnet34 self_attention": 16,
+    "unet resnet34 blur": 16,
+    "unet resnet50 blur self_attention": 16,
+    "unet resnet50": 16,
+    "unet vgg16_bn": 8,
+    "unet vgg16_bn self_attention": 8,
+    "unet xresnet34 blur": 16,
+    "fcn_resnet50": 16,
+    "deeplabv3_resnet50": 16,
+    "deeplabv3_mobilenet_v3_large": 16,
+    "lraspp_mobilenet_v3_large": 16,
+    "fasterrcnn_resnet50_fpn": 4,
+    "fasterrcnn_mobilenet_v3_large_fpn": 4,
+    "retinanet_resnet50_fpn": 4,
+    "fcos_resnet50_fpn": 4,
+    "ssdlite320_mobilenet_v3_large": 8,
+    "maskrcnn_resnet50_fpn": 2,
+    "resnet50": 64,
+    "xresnet50": 64,
+    "vgg16_bn": 32,
+    "densenet121": 32,
+    "shufflenet_v2_x1_0": 64,
+    "squeezenet1_1": 64,
+    "mobilenet_v3_large": 64,
+    "efficientnet_b0": 32,
+    "regnet_y_3_2gf": 32,
+    "convnext_tiny": 32,
+    "swin_t": 32,
+    "googlenet": 64,
+    "r3d_18": 8,
+    "resnet50d": 64,
+    "seresnet50": 64,
+    "resnetblur50": 32,
+    "resnetv2_50x1_bit": 32,
+    "ecaresnet50d": 32,
+    "hrnet_w18": 32,
+    "res2net50_26w_4s": 32,
+    "dla34": 32,
+    "cspdarknet53": 32,
+    "vovnet39a": 32,
+    "ghostnet_100": 32,
+    "repvgg_a2": 32,
+    "nfnet_l0": 32,
+    "coatnet_0_rw_224": 16,
+    "maxvit_tiny_tf_224": 16,
+    "mobilevit_s": 32,
+    "fastvit_t8": 32,
+    "efficientvit_b1": 32,
+    "edgenext_small": 32,
+    "poolformer_s12": 32,
+    "levit_256": 32,
+    "inception_next_tiny": 32,
+    "selecsls60b": 32,
+    "tresnet_m": 32,
+}
+
+
+def arch_learner(arch: str, bs: int, size: int, device: torch.device) -> Learner:
+    if not arch.startswith("unet "):
+        return new_learner(arch, bs, None if size == 224 else size, device, fused_adamw)
+    body, *options = arch.split()[1:]
+    body = getattr(xresnet, body, None) or getattr(torchvision.models, body)
+    model = create_unet_model(body, 10, (size, size), pretrained=False, **dict.fromkeys(options, True)).to(device)
+    return Learner(synthetic_dls(arch, model, bs, size, device), model, synthetic_loss, opt_func=fused_adamw)
+
+
+def summary_row(learn: Learner, swaps: bool) -> dict[str, Any]:
+    with nullcontext() if swaps else without_swaps():
+        summary = learn.format_summary()
+    row: dict[str, Any] = {"share": round(summary.channels_last_share, 4)}
+    if summary.gpu:
+        row |= {"layout": round(summary.gpu.layout, 4), "busy": round(summary.gpu.busy, 4)}
+    if swaps:
+        lost = {}
+        for event in summary.events:
+            key = f"{event.cls} {event.op.removeprefix('aten.')} {event.kind} {event.phase}"
+            lost[key] = lost.get(key, 0) + event.nbytes
+        heaviest = sorted(lost.items(), key=lambda item: -item[1])[:6]
+        row["left"] = {key: round(nbytes / 1e6, 1) for key, nbytes in heaviest}
+        row["verdict"] = summary.verdict
+    return row
+
+
+def measure_arch(arch: str, bs: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    learn = quiet(arch_learner(arch, bs, args.size, device).to_format(TrainFormat(True, args.amp_mode)))
+    with keep_channels_last(learn.model):
+        swapped = swapped_classes(learn.model)
+    result: dict[str, Any] = {"bs": bs, "swapped": swapped}
+    rounds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range((args.rounds + 1) if swapped else 0):
+        for swaps in (False, True) if number % 2 else (True, False):
+            steps = fit_ms(learn, device, args.steps, swaps)
+            if number:
+                rounds[swaps].append(statistics.median(steps.steps_ms()))
+    if swapped:
+        ms = {swaps: statistics.median(rounds[swaps]) for swaps in rounds}
+        result |= {"plain_ms": round(ms[False], 3), "swaps_ms": round(ms[True], 3)}
+        ratios = [plain / with_swaps for plain, with_swaps in zip(rounds[False], rounds[True])]
+        result |= {"times": round(statistics.median(ratios), 4), "rounds": [round(ratio, 3) for ratio in ratios]}
+        result["plain"] = summary_row(learn, swaps=False)
+    return result | {"with_swaps": summary_row(learn, swaps=True)}
+
+
+def run_archs(args: argparse.Namespace, record: Record, device: torch.device) -> None:
+    known = {name for names in arch_names().values() for name in names}
+    for arch, bs in ARCHS.items():
+        is_known = arch in known or arch.startswith("unet ")
+        is_wanted = not args.only or any(word in arch for word in args.only)
+        if not is_known or not is_wanted or not record.is_due(arch):
+            continue
+        started = time.monotonic()
+        try:
+            result = measure_arch(arch, args.bs or bs, args, device)
+        except Exception as error:  # the next ones are measured all the same
+            result = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        record.add(arch, {**result, "took_s": round(time.monotonic() - started, 1)})
+        free(device)
+
+
+SECTIONS = {"operators": run_operators, "unet": run_unet, "archs": run_archs}
 
 
 def main() -> None:
@@ -291,12 +549,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels square")
     parser.add_argument("--bs", type=int, help="images in a batch; default: 32, and what is usual for an architecture")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="of operators")
-    parser.add_argument("--only", nargs="+", help="results with all these words in their name alone")
+    parser.add_argument("--amp-mode", default="fp16", help="fp16 or bf16, of whole models")
+    parser.add_argument("--steps", type=int, default=45, help="steps of a fit, of which the first 15 are not timed")
+    parser.add_argument("--rounds", type=int, default=5, help="fits of each contender")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled, of the U-Net")
+    parser.add_argument("--only", nargs="+", help="results with one of these words in their name alone")
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, help="write the record to this file, and go on from it")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 1000  # each contender compiles the same functions
+    torch._dynamo.config.automatic_dynamic_shapes = False
     device = torch.device(args.device)
     SECTIONS[args.section](args, Record(args.out, args.seconds, device), device)
 

@@ -43,7 +43,7 @@ class Steps(Callback):
     def __init__(self, n: int, device: torch.device, profile: bool):
         self.n, self.device, self.profile = n, device, profile
         self.ends, self.first_s = [], None
-        self.busy_ms = None
+        self.busy_ms = self.layout = None
 
     def before_train(self):
         batches = [batch for _, batch in zip(range(4), self.dl)]
@@ -73,7 +73,7 @@ class Steps(Callback):
             self.synchronize()
             self.profiler.__exit__(None, None, None)
             shares = gpu_shares(self.profiler.events(), 1.0)
-            self.busy_ms = 1000 * shares.busy / 5
+            self.busy_ms, self.layout = 1000 * shares.busy / 5, shares.layout
 
     def after_train(self):
         raise CancelFitException
