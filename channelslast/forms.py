@@ -1,14 +1,17 @@
-"""Forms of operators that keep channels last, with the values of PyTorch's own. PyTorch only.
+"""Operators in forms that keep channels last, with the values of PyTorch's own. PyTorch only.
 
 Each works on views of the image's memory: with its channels moved to the end, a channels last image is a contiguous
 tensor, of which PyTorch's operators make contiguous ones, forward and backward.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["channel_shuffle", "glu", "global_average", "log_softmax", "pad", "pixel_shuffle", "pixel_unshuffle"]
-__all__ += ["softmax"]
+__all__ = ["channel_shuffle", "frozen_batch_norm", "global_average", "glu", "pad", "pixel_shuffle", "pixel_unshuffle"]
 
 
 def pixel_shuffle(
@@ -37,51 +40,30 @@ def channel_shuffle(
     image: Tensor,  # 4D or 5D
     groups: int,
 ) -> Tensor:
-    "Return `F.channel_shuffle(image, groups)`, equal to the bit, forward and backward."
+    "Return what `nn.ChannelShuffle(groups)` does, equal to the bit, forward and backward."
     pixels = image.movedim(1, -1)
     grouped = pixels.reshape(*pixels.shape[:-1], groups, pixels.shape[-1] // groups)
     return grouped.transpose(-1, -2).reshape(pixels.shape).movedim(-1, 1)
 
 
 def pad(
-    image: Tensor,  # 4D or 5D
-    padding: tuple[int, ...],  # as `F.pad` takes it
+    image: Tensor,  # 4D
+    padding: tuple[int, ...],  # four numbers, as `F.pad` takes them
     mode: str,  # 'reflect', 'replicate' or 'circular'
 ) -> Tensor:
     """Return `F.pad(image, padding, mode)`, equal to the bit.
 
-    The gradient too in 4D. In 5D it is a sum in another order, at edges where several dimensions are padded.
+    The gradient too, as far as PyTorch's own is the same twice: on CUDA it adds up in any order, but for 'circular'.
     """
-    if image.ndim == 4:
-        # One channel, and the true ones as a last dimension that gets no padding: PyTorch pads up to three dimensions
-        pixels = image.permute(0, 2, 3, 1).unsqueeze(1)
-        return F.pad(pixels, (0, 0, *padding), mode).squeeze(1).permute(0, 3, 1, 2)
-    b, c, d, h, w = image.shape
-    pixels = image.permute(0, 2, 3, 4, 1).reshape(b, 1, d, h, w * c)
-    pixels = F.pad(pixels, (0, 0, *padding[2:]), mode)  # the two outer dimensions, then the innermost
-    d, h = pixels.shape[2:4]
-    pixels = F.pad(pixels.reshape(b * d * h, 1, w, c), (0, 0, *padding[:2]), mode)
-    return pixels.reshape(b, d, h, -1, c).permute(0, 4, 1, 2, 3)
-
-
-def softmax(
-    image: Tensor,  # 4D or 5D
-) -> Tensor:
-    "Return `F.softmax(image, 1)`, but for the order of its sums."
-    return F.softmax(image.movedim(1, -1), -1).movedim(-1, 1)
-
-
-def log_softmax(
-    image: Tensor,  # 4D or 5D
-) -> Tensor:
-    "Return `F.log_softmax(image, 1)`, but for the order of its sums."
-    return F.log_softmax(image.movedim(1, -1), -1).movedim(-1, 1)
+    # As a volume of one channel, of which the channels are the last dimension and get no padding
+    volume = image.permute(0, 2, 3, 1).unsqueeze(1)
+    return F.pad(volume, (0, 0, *padding), mode).squeeze(1).permute(0, 3, 1, 2)
 
 
 def glu(
     image: Tensor,  # 4D or 5D
 ) -> Tensor:
-    "Return `F.glu(image, 1)`, equal to the bit, forward and backward."
+    "Return `F.glu(image, 1)`, equal to the bit; the gradient to one rounding (on CUDA it was equal too)."
     return F.glu(image.movedim(1, -1), -1).movedim(-1, 1)
 
 
@@ -91,3 +73,38 @@ def global_average(
     "Return the average of each channel, as `F.adaptive_avg_pool2d(image, 1)`, equal to the bit, forward and backward."
     pixels = image.movedim(1, -1)
     return pixels.mean(tuple(range(1, image.ndim - 1)), keepdim=True).movedim(-1, 1)
+
+
+def frozen_batch_norm(
+    image: Tensor,  # 4D or 5D
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    "Return `F.batch_norm(image, mean, var, weight, bias, eps=eps)`, equal to the bit, forward and backward."
+    return _FrozenBatchNorm.apply(image, mean, var, weight, bias, eps)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    "PyTorch's own forward pass, and its backward pass on the rows of channels that the image's pixels are."
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        ctx.save_for_backward(image, mean, var, weight)
+        ctx.eps = eps
+        return F.batch_norm(image, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        image, mean, var, weight = ctx.saved_tensors
+        pixels = gradient.movedim(1, -1)
+        rows, images_rows = (tensor.movedim(1, -1).reshape(-1, image.shape[1]) for tensor in (gradient, image))
+        wanted = [ctx.needs_input_grad[index] for index in (0, 3, 4)]  # image, weight, bias
+        grads = torch.ops.aten.native_batch_norm_backward(
+            rows, images_rows, weight, mean, var, None, None, False, ctx.eps, wanted
+        )
+        of_image = grads[0].reshape(pixels.shape).movedim(-1, 1) if wanted[0] else None
+        return of_image, None, None, *(grad if want else None for grad, want in zip(grads[1:], wanted[1:])), None

@@ -37,6 +37,7 @@ def summary_record(
         "hints": result.hints,
         "padded_convs": result.padded_convs,
         "dense_gradients": result.dense_gradients,
+        "swapped": result.swapped,
         "gpu": result.gpu and vars(result.gpu),
         "n_layers": len(result.layers),
         "losers": {layer.module: layer.loses_in for layer in result.losers},

@@ -15,6 +15,7 @@ from channelslast.summary.modules import modules_as_written
 from channelslast.summary.records import OUTSIDE
 from channelslast.summary.result import FormatSummary, dtype_name, quoted
 from channelslast.summary.tracer import FormatTracer
+from channelslast.swaps import swapped_classes
 from channelslast.tensors import format_of
 
 __all__ = ["Observer", "choose_profile", "device_of"]
@@ -73,6 +74,7 @@ class Observer:
             "dtype": dtype_name(dtype),
             "shapes": [tuple(tensor.shape) for tensor in inputs if not tensor.is_nested],
             "unconverted": _unconverted(model, inputs),
+            "swapped": swapped_classes(model),
         }
 
     def claim_loss(self, loss: Tensor) -> None:

@@ -50,6 +50,8 @@ class FormatSummary:
     dtype: str  # 'fp32', or that of autocast
     shapes: list[tuple[int, ...]]  # of the model's inputs, but for nested tensors, which have none
     unconverted: str | None  # 'inputs' or 'weights' where these alone are contiguous
+    # Classes of the modules that computed in a form that keeps channels last, and how many there are of each
+    swapped: dict[str, int]
 
     @property
     def losers(self) -> list[LayerFormat]:
@@ -122,6 +124,9 @@ class FormatSummary:
 
     def _notes(self) -> list[str]:
         notes = [f"Hint: {hint}." for hint in self.hints]
+        if self.swapped:
+            named = ", ".join(f"{count} {cls}" for cls, count in self.swapped.items())
+            notes.insert(0, f"Computed in a form with the same values that keeps channels last: {named}.")
         if self.padded_convs and self.device.startswith("cuda"):  # cuDNN's
             named = [f"{quoted(name)} ({c_in} to {c_out})" for name, (c_in, c_out) in self.padded_convs.items()]
             more = f", and {len(named) - 8} more" if len(named) > 8 else ""

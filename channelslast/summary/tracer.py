@@ -15,6 +15,7 @@ from channelslast.summary.modules import Call, EndedSection, Modules, modules_as
 from channelslast.summary.operators import Operator, Written, memory_of
 from channelslast.summary.records import OUTSIDE, FormatEvent, LayerFormat, Records, Where
 from channelslast.summary.sections import LossyOperators, Section, known_formats, lost_images
+from channelslast.swaps import is_swapped
 from channelslast.tensors import format_of, images_in
 
 __all__ = ["FormatTracer"]
@@ -51,6 +52,8 @@ class FormatTracer:
         self._shapes = ImageShapes({param.shape for param in model.parameters() if param.ndim in CHANNELS_LAST})
         self._input_channels: set[int] = set()  # of the images that the model is called with
         self._last_copy: _Copy | None = None
+        # They work on views of the memory, whose strides say nothing: what they take and hand on tells
+        self._swapped = {name for name, module in modules_as_written(model) if is_swapped(module)}
         self._open = ExitStack()  # modes and hooks
         self._graph = AutogradGraph(self._open, self._count_gradient)
         self._modules = Modules(model, self._graph, self._take_inputs, self._judge_forward)
@@ -116,6 +119,8 @@ class FormatTracer:
         "Called at the end of each section of the forward pass."
         call, section = end.call, end.call.section
         section.took = known_formats(end.took)
+        if call.module in self._swapped:
+            self._count_swapped(end)
         lost = lost_images(end.took, end.made)
         if lost:
             self._mark_loser(call, lost)
@@ -130,6 +135,11 @@ class FormatTracer:
             lost = lost_images(call.inputs, computed or end.hands_on)  # constants beside what is computed lose nothing
             if lost:
                 self._mark_loser(call, lost)
+
+    def _count_swapped(self, end: EndedSection) -> None:
+        for image in end.made:
+            self._shapes.add(image.shape)
+            self._records.count(Where(end.call.module, "forward"), image)
 
     def _mark_loser(self, call: Call, lost: list[Tensor]) -> None:
         where = Where(call.module, "forward")
@@ -175,6 +185,10 @@ class FormatTracer:
         return result
 
     def _look_at(self, operator: Operator) -> None:
+        where = self._modules.running.where
+        if where.module in self._swapped:
+            self._records.set_last_op(where, operator.name)
+            return
         if operator.is_convolution:
             self._look_at_convolution(operator)
             return
