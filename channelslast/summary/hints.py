@@ -10,6 +10,7 @@ from channelslast.summary.records import FormatEvent
 __all__ = ["HINTS", "UNCONVERTED", "Hint", "average_hint", "hints_for"]
 
 _GROUP_NORM_ON_CUDA = "on CUDA from PyTorch 2.15 on (pytorch/pytorch#191945)"
+_KEEP_IT = "keep it inside `keep_channels_last(model)`, in which a Learner trains"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ HINTS = [
     ),
     Hint(
         "clone|native_batch_norm|cudnn_batch_norm",
-        "InstanceNorm works in contiguous format; `nn.GroupNorm(c, c, affine=...)` for c channels is the same function "
-        "but for running statistics (PyTorch's documentation of GroupNorm), and keeps channels last: on a CPU, and "
-        f"{_GROUP_NORM_ON_CUDA}",
+        "InstanceNorm works in contiguous format, and `nn.GroupNorm(c, c)`, the same function but for running "
+        "statistics, is no way out: on a CPU it keeps channels last and is slower, in bfloat16 many times (measured, "
+        "PyTorch 2.15), on CUDA it loses it too and took 0.5 to 1.3 times as long (measured, H200, PyTorch 2.11)",
         cls="InstanceNorm",
     ),
     Hint(
@@ -53,22 +54,28 @@ HINTS = [
         cls="^(?!.*(InstanceNorm|GroupNorm))",  # any but these
     ),
     Hint(
-        "pixel_(un)?shuffle",
-        "PixelShuffle keeps channels last on a CPU only; nearest or bilinear upsampling and a convolution, or "
-        "ConvTranspose2d, keep it on CUDA too (measured, PyTorch 2.11)",
+        "(pixel|channel)_(un)?shuffle",
+        "shuffling pixels or channels loses channels last on CUDA (measured, PyTorch 2.11); `nn.PixelShuffle`, "
+        f"`nn.PixelUnshuffle` and `nn.ChannelShuffle` {_KEEP_IT}",
         device="cuda",
     ),
     Hint(
-        "(reflection|replication)_pad",
-        "padding by reflection and replication keep channels last on a CPU only, padding with zeros on CUDA too "
-        "(measured, PyTorch 2.11)",
+        "(reflection|replication)_pad2d",
+        "padding by reflection and replication loses channels last on CUDA (measured, PyTorch 2.11); "
+        f"`nn.ReflectionPad2d` and `nn.ReplicationPad2d` {_KEEP_IT}, and padding with zeros does anywhere",
         device="cuda",
     ),
     Hint(
         "batch_norm_backward",
-        "BatchNorm in eval mode returns a contiguous gradient on CUDA; in training mode it keeps channels last "
-        "(measured, PyTorch 2.11)",
+        "BatchNorm in eval mode returns a contiguous gradient on CUDA, in training mode a channels last one (measured, "
+        f"PyTorch 2.11); PyTorch's own classes {_KEEP_IT}",
         cls="BatchNorm",
+        device="cuda",
+    ),
+    Hint(
+        "softmax",
+        "softmax over channels works in contiguous format; `x.movedim(1, -1).softmax(-1).movedim(-1, 1)` keeps "
+        "channels last, with its sums in another order, and was 2.5 to 14 times faster (measured, H200, PyTorch 2.11)",
         device="cuda",
     ),
     Hint(
@@ -101,6 +108,6 @@ def average_hint(
     others = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
     return (
         "the gradient of a global average comes out contiguous, which makes rows of kind 'mixed' or 'hidden' "
-        f"(here that of {modules[0]}{others}); `F.avg_pool2d(x, x.shape[-2:])`, or `avg_pool3d` in 3D, is the same "
-        "with a channels last gradient (measured, PyTorch 2.11 and 2.15)"
+        f"(here that of {modules[0]}{others}); `nn.AdaptiveAvgPool2d(1)`, or `nn.AdaptiveAvgPool3d(1)` in 3D, "
+        "returns a channels last one inside `keep_channels_last(model)`, in which a Learner trains"
     )
