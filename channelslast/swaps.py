@@ -174,10 +174,12 @@ def _channel_shuffle(module: nn.ChannelShuffle, image: Tensor) -> Tensor | None:
 
 
 def _pad(mode: str) -> Callable[[Any, Tensor], Tensor | None]:
+    margin = 1 if mode == "reflect" else 0  # an edge is no mirror of itself
+
     def form(module: Any, image: Tensor) -> Tensor | None:
         "None where PyTorch refuses to pad, and says why."
         left, right, top, bottom = module.padding
-        height, width = (size - (mode == "reflect") for size in image.shape[-2:])
+        height, width = (size - margin for size in image.shape[-2:])
         is_legal = min(module.padding) >= 0 and max(left, right) <= width and max(top, bottom) <= height
         return forms.pad(image, module.padding, mode) if image.ndim == 4 and is_legal else None
 
