@@ -214,7 +214,8 @@ def _image(module: nn.Module, channels: int = 8) -> tuple[int, ...]:
 
 def _frozen_batch_norm(module: Any, image: Tensor) -> Tensor | None:
     is_frozen = not module.training and module.running_mean is not None and image.ndim == _ndim(module)
-    if not is_frozen or not torch.is_grad_enabled() or torch.compiler.is_compiling():  # Inductor has a form of its own
+    goes_back = torch.is_grad_enabled() and image.requires_grad
+    if not is_frozen or not goes_back or torch.compiler.is_compiling():  # the compiler writes kernels of its own
         return None
     stats = module.running_mean, module.running_var
     return forms.frozen_batch_norm(image, *stats, module.weight, module.bias, module.eps)

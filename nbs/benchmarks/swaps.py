@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.vision.learner import create_unet_model
@@ -396,7 +397,7 @@ def run_unet(args: argparse.Namespace, record: Record, device: torch.device) -> 
         record.add(title, {"bs": bs, "size": args.size, "amp_mode": args.amp_mode, "rows": rows})
 
 
-# By name: images in a batch. 'unet BODY OPTION...' is fastai's
+# By name: images in a batch. 'unet BODY OPTION...' is fastai's; 'frozen ARCH' has its BatchNorm in evaluation mode
 ARCHS = {
     "unet resnet34": 16,
     "unet resnet34 self_attention": 16,
@@ -406,6 +407,8 @@ ARCHS = {
     "unet vgg16_bn": 8,
     "unet vgg16_bn self_attention": 8,
     "unet xresnet34 blur": 16,
+    "frozen resnet50": 64,
+    "frozen resnet18": 8,
     "fcn_resnet50": 16,
     "deeplabv3_resnet50": 16,
     "deeplabv3_mobilenet_v3_large": 16,
@@ -457,6 +460,12 @@ ARCHS = {
 
 
 def arch_learner(arch: str, bs: int, size: int, device: torch.device) -> Learner:
+    if arch.startswith("frozen "):
+        learn = arch_learner(arch.removeprefix("frozen "), bs, size, device)
+        for module in learn.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False).eval()
+        return learn.add_cb(BnFreeze())
     if not arch.startswith("unet "):
         return new_learner(arch, bs, None if size == 224 else size, device, fused_adamw)
     body, *options = arch.split()[1:]
@@ -506,7 +515,7 @@ def measure_arch(arch: str, bs: int, args: argparse.Namespace, device: torch.dev
 def run_archs(args: argparse.Namespace, record: Record, device: torch.device) -> None:
     known = {name for names in arch_names().values() for name in names}
     for arch, bs in ARCHS.items():
-        is_known = arch in known or arch.startswith("unet ")
+        is_known = arch in known or arch.startswith(("unet ", "frozen "))
         is_wanted = not args.only or any(word in arch for word in args.only)
         if not is_known or not is_wanted or not record.is_due(arch):
             continue
