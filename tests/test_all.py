@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import channelslast
-from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary
+from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary, swaps
 
-ROOMS = (callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary)
+ROOMS = (callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary, swaps)
 PUBLIC = {name for module in ROOMS for name in module.__all__}
 METHODS = {
     "to_channelslast": "learner",
