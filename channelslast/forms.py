@@ -4,14 +4,10 @@ Each works on views of the image's memory: with its channels moved to the end, a
 tensor, of which PyTorch's operators make contiguous ones, forward and backward.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["channel_shuffle", "frozen_batch_norm", "global_average", "glu", "pad", "pixel_shuffle", "pixel_unshuffle"]
+__all__ = ["channel_shuffle", "global_average", "glu", "pad", "pixel_shuffle", "pixel_unshuffle"]
 
 
 def pixel_shuffle(
@@ -73,38 +69,3 @@ def global_average(
     "Return the average of each channel, as `F.adaptive_avg_pool2d(image, 1)`, equal to the bit, forward and backward."
     pixels = image.movedim(1, -1)
     return pixels.mean(tuple(range(1, image.ndim - 1)), keepdim=True).movedim(-1, 1)
-
-
-def frozen_batch_norm(
-    image: Tensor,  # 4D or 5D
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    "Return `F.batch_norm(image, mean, var, weight, bias, eps=eps)`, equal to the bit, forward and backward."
-    return _FrozenBatchNorm.apply(image, mean, var, weight, bias, eps)
-
-
-class _FrozenBatchNorm(torch.autograd.Function):
-    "PyTorch's own forward pass, and its backward pass on the rows of channels that the image's pixels are."
-
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        ctx.save_for_backward(image, mean, var, weight)
-        ctx.eps = eps
-        return F.batch_norm(image, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        image, mean, var, weight = ctx.saved_tensors
-        pixels = gradient.movedim(1, -1)
-        rows, images_rows = (tensor.movedim(1, -1).reshape(-1, image.shape[1]) for tensor in (gradient, image))
-        wanted = [ctx.needs_input_grad[index] for index in (0, 3, 4)]  # image, weight, bias
-        grads = torch.ops.aten.native_batch_norm_backward(
-            rows, images_rows, weight, mean, var, None, None, False, ctx.eps, wanted
-        )
-        of_image = grads[0].reshape(pixels.shape).movedim(-1, 1) if wanted[0] else None
-        return of_image, None, None, *(grad if want else None for grad, want in zip(grads[1:], wanted[1:])), None

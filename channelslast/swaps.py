@@ -3,8 +3,8 @@
 Which of PyTorch's operators lose the format differs by device and version. So each is asked: the module runs forward
 and backward on a small image there, and the strides tell.
 
-Left out, for they are not equal to the bit or no faster (measured, H200, PyTorch 2.11): softmax and log-softmax over
-channels, and padding in 3D.
+Left out (measured, H200, PyTorch 2.11): softmax and log-softmax over channels, whose sums come in another order;
+padding in 3D, which is no faster; frozen BatchNorm, which takes as much of Python as it spares the GPU.
 """
 
 from collections import Counter
@@ -36,8 +36,7 @@ def keep_channels_last(
 
     These are PyTorch's own, and subclasses that leave `forward` alone, each where it loses the format on this device
     with this PyTorch: PixelShuffle, PixelUnshuffle and ChannelShuffle; padding by reflection, replication and circular,
-    in 2D; GLU over channels; global averages; and BatchNorm that is in evaluation mode when this is entered. Images in
-    contiguous format are taken as ever.
+    in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever.
 
     Put it around training, a compiled model's too. What is printed, saved, pickled and copied inside, classes and hooks
     are as without it. Scripts, and a model in `nn.DataParallel`, run as they are. A Learner that trains in channels
@@ -204,30 +203,12 @@ def _is_global(pool: Any) -> bool:
     return all(each == 1 for each in size) if isinstance(size, (tuple, list)) else size == 1
 
 
-def _ndim(module: nn.Module) -> int:
-    return 5 if isinstance(module, (nn.AdaptiveAvgPool3d, nn.BatchNorm3d)) else 4
-
-
-def _image(module: nn.Module, channels: int = 8) -> tuple[int, ...]:
-    return 2, channels, *(4,) * (_ndim(module) - 2)
-
-
-def _frozen_batch_norm(module: Any, image: Tensor) -> Tensor | None:
-    is_frozen = not module.training and module.running_mean is not None and image.ndim == _ndim(module)
-    goes_back = torch.is_grad_enabled() and image.requires_grad
-    if not is_frozen or not goes_back or torch.compiler.is_compiling():  # the compiler writes kernels of its own
-        return None
-    stats = module.running_mean, module.running_var
-    return forms.frozen_batch_norm(image, *stats, module.weight, module.bias, module.eps)
-
-
-def _batch_normed(module: Any) -> tuple[int, ...] | None:
-    is_frozen = not module.training and module.running_mean is not None
-    return _image(module, module.num_features) if is_frozen else None
+def _ndim(pool: Any) -> int:
+    return 4 if isinstance(pool, nn.AdaptiveAvgPool2d) else 5
 
 
 def _globally(pool: Any) -> tuple[int, ...] | None:
-    return _image(pool) if _is_global(pool) else None
+    return (2, 8, 4, 4, 4)[: _ndim(pool)] if _is_global(pool) else None
 
 
 SWAPS = [
@@ -247,6 +228,4 @@ SWAPS = [
     Swap(nn.GLU, _glu, ("dim",), lambda glu: (2, 8, 4, 4) if glu.dim in (1, -3) else None),
     Swap(nn.AdaptiveAvgPool2d, _global_average, ("output_size",), _globally),
     Swap(nn.AdaptiveAvgPool3d, _global_average, ("output_size",), _globally),
-    Swap(nn.BatchNorm2d, _frozen_batch_norm, (), _batch_normed),
-    Swap(nn.BatchNorm3d, _frozen_batch_norm, (), _batch_normed),
 ]

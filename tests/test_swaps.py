@@ -49,15 +49,6 @@ def answer_all(monkeypatch, answer):
         monkeypatch.setattr(swap, "_answers", {})
 
 
-def frozen(norm):
-    nn.init.normal_(norm.running_mean)
-    nn.init.uniform_(norm.running_var, 0.5, 2)
-    if norm.affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    return norm.eval()
-
-
 def new_case(cls, draw):
     "A random module of a swapped class, and the shape of an image for it."
     b, c, h, w, d = (draw.randint(1, 4) for _ in range(5))
@@ -76,17 +67,12 @@ def new_case(cls, draw):
         return cls(1), (b, c, h, w, d)[: draw.randint(4, 5)]
     if cls is nn.AdaptiveAvgPool2d:
         return cls(draw.choice([1, (1, 1)])), (b, c, h, w)
-    if cls is nn.AdaptiveAvgPool3d:
-        return cls(1), (b, c, h, w, d)
-    is_affine = draw.random() < 0.7
-    norm = frozen(cls(c, affine=is_affine, eps=draw.choice([1e-5, 1e-3])))
-    return norm.requires_grad_(draw.random() < 0.5), (b, c, h, w, d)[: 4 if cls is nn.BatchNorm2d else 5]
+    return cls(1), (b, c, h, w, d)
 
 
 def gradients(forward, module, image, of_output):
     output = forward(module, image)
-    wanted = [image, *(param for param in module.parameters() if param.requires_grad)]
-    return output, *torch.autograd.grad(output, wanted, of_output)
+    return output, *torch.autograd.grad(output, image, of_output)
 
 
 def in_layout(tensor, layout):
@@ -114,24 +100,20 @@ def test_values_and_gradients_are_those_of_pytorchs_own(swap, device):
         draw = random.Random(seed)
         torch.manual_seed(seed)
         module, shape = new_case(swap.cls, draw)
-        module.to(device)
         dtype, layout, gradient_layout = draw.choice(DTYPES), draw.choice(LAYOUTS), draw.choice(LAYOUTS)
-        if dtype is torch.float64:
-            module.double()
         image = in_layout(torch.randn(shape, device=device).to(dtype), layout).requires_grad_()
         of_output = torch.randn(module(image).shape, device=device).to(dtype)
         own = gradients(swap.cls.forward, module, image, of_output)
         formed = gradients(swap.forward, module, image, in_layout(of_output, gradient_layout))
         assert torch.equal(own[0], formed[0]), seed
         assert own[0].dtype == formed[0].dtype
-        for a, b in zip(own[1:], formed[1:], strict=True):
-            adds_up_in_any_order = device == "cuda" and swap.cls in PADS
-            if a.ndim == 1:  # of weights: long sums
-                torch.testing.assert_close(a, b, **({"rtol": 0.02, "atol": 0.02} if dtype in HALVES else {}))
-            elif adds_up_in_any_order or swap.cls is nn.GLU:
-                torch.testing.assert_close(a, b)
-            else:
-                assert torch.equal(a, b), seed
+        if device == "cuda" and swap.cls in PADS:  # whose gradients add up in any order, each time
+            tolerance = {"rtol": 0.02, "atol": 0.1} if dtype in HALVES else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(own[1], formed[1], **tolerance)
+        elif swap.cls is nn.GLU:
+            torch.testing.assert_close(own[1], formed[1])
+        else:
+            assert torch.equal(own[1], formed[1]), seed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,7 +124,7 @@ def test_a_channels_last_image_and_its_gradient_stay_so(swap, device):
         module, shape = new_case(swap.cls, draw)
         shape = (2, shape[1], *(size + (4 if swap.cls is not nn.PixelUnshuffle else 0) for size in shape[2:]))
         image = in_layout(torch.randn(shape, device=device), "channels last").requires_grad_()
-        output = swap.forward(module.to(device), image)
+        output = swap.forward(module, image)
         memory_format = CHANNELS_LAST[image.ndim]
         assert output.is_contiguous(memory_format=memory_format)
         of_output = in_layout(torch.randn(output.shape, device=device), "channels last")
@@ -160,9 +142,6 @@ def test_forms_take_images_in_any_layout(layout):
     torch.testing.assert_close(forms.global_average(image), nn.AdaptiveAvgPool2d(1)(image))
     for cls, mode in PADS.items():
         assert torch.equal(forms.pad(image, (1, 2, 3, 0), mode), cls((1, 2, 3, 0))(image))
-    norm = frozen(nn.BatchNorm2d(8))
-    stats = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-    assert torch.equal(forms.frozen_batch_norm(image, *stats), norm(image))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -190,7 +169,6 @@ def test_values_under_autocast(device, loses):
         (nn.ReplicationPad2d((1, 1, 0, -9)), (1, 8, 4, 4)),
         (nn.ReplicationPad2d(1), (1, 8, 4, 4, 4)),
         (nn.GLU(1), (1, 7, 4, 4)),
-        (nn.BatchNorm2d(8).eval(), (1, 8, 4, 4, 4)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -215,8 +193,6 @@ def test_what_pytorch_refuses_is_refused_in_its_words(module, shape):
         (nn.AdaptiveAvgPool2d((1, None)), (2, 8, 4, 4)),
         (nn.AdaptiveAvgPool2d(1), (8, 4, 4)),
         (nn.AdaptiveAvgPool2d(2), (2, 8, 4, 4)),
-        (nn.BatchNorm2d(8), (2, 8, 4, 4)),
-        (nn.BatchNorm2d(8, track_running_stats=False).eval(), (2, 8, 4, 4)),
     ],
     ids=lambda value: str(value) if isinstance(value, nn.Module) else "",
 )
@@ -289,7 +265,7 @@ def lossy_model(n_out=3):
         nn.CircularPad2d(1),
         nn.GLU(1),
         nn.Conv2d(4, 16, 3),
-        frozen(nn.BatchNorm2d(16)),
+        nn.BatchNorm2d(16),
         nn.PixelShuffle(2),
         nn.ReflectionPad2d(1),
         nn.Conv2d(4, 8, 3),
@@ -302,7 +278,6 @@ def lossy_model(n_out=3):
 SWAPPED = {
     "CircularPad2d": 1,
     "GLU": 1,
-    "BatchNorm2d": 1,
     "PixelShuffle": 1,
     "ReflectionPad2d": 1,
     "AdaptiveAvgPool2d": 1,
@@ -396,19 +371,10 @@ def test_data_parallel_runs_as_it_is(loses):
         assert swapped_classes(model) == {}
 
 
-def test_batch_norm_in_training_mode_and_other_pools_stay(loses):
-    model = nn.Sequential(nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.GLU(2), nn.MaxPool2d(2))
+def test_other_pools_and_gates_stay(loses):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.GLU(2), nn.MaxPool2d(2))
     with keep_channels_last(model):
         assert swapped_classes(model) == {}
-
-
-def test_frozen_batch_norm_that_trains_again_updates_its_statistics(loses):
-    norm = nn.BatchNorm2d(8).eval()
-    images = to_memory_format(torch.randn(2, 8, 4, 4))
-    with keep_channels_last(norm):
-        assert is_swapped(norm)
-        norm.train()(images)
-    assert norm.num_batches_tracked == 1
 
 
 def test_not_a_module():
@@ -455,10 +421,8 @@ def test_learner_trains_and_predicts_with_swaps_and_is_its_own_in_between(new_le
     learn, sees = learner(new_learner), Sees()
     before = attributes(learn.model)
     learn.fit(2, cbs=sees)
-    swapped = tuple(name for name in SWAPPED if name != "BatchNorm2d")  # which fastai sets to training mode
-    assert {event for event, seen in sees.seen.items() if swapped in seen} == INSIDE & set(sees.seen)
-    for event, seen in sees.seen.items():
-        assert seen <= ({swapped, (*SWAPPED,)} if event in INSIDE else {()})
+    assert {event for event, seen in sees.seen.items() if seen == {(*SWAPPED,)}} == INSIDE & set(sees.seen)
+    assert all(seen == {()} for event, seen in sees.seen.items() if event not in INSIDE)
     sees.seen.clear()
     learn.get_preds(dl=learn.dls.valid, cbs=sees)
     assert sees.seen["after_pred"] == {(*SWAPPED,)}
@@ -595,7 +559,7 @@ def test_summary_traces_the_model_with_swaps_and_names_them(loses):
     assert summary.events == [] and summary.hints == [] and summary.channels_last_share == 1
     words = "Computed in a form with the same values that keeps channels last: 1 CircularPad2d, 1 GLU,"
     assert words in flat(summary) and words in summary._repr_html_()
-    assert {layer.cls for layer in summary.layers} == {*SWAPPED, "Conv2d"}
+    assert {layer.cls for layer in summary.layers} == {*SWAPPED, "Conv2d", "BatchNorm2d"}
     assert all(
         layer.share(phase) == 1 for layer in summary.layers for phase in ("forward", "backward") if layer.share(phase)
     )
@@ -605,7 +569,7 @@ def test_summary_of_a_learner_has_the_swaps_that_it_trains_with(new_learner, los
     learn = learner(new_learner)
     before = attributes(learn.model)
     summary = learn.format_summary()
-    assert set(summary.swapped) == set(SWAPPED) - {"BatchNorm2d"} and not summary.losers
+    assert summary.swapped == SWAPPED and not summary.losers
     assert attributes(learn.model) == before
     assert learn.to_contiguous().format_summary().swapped == {}
 

@@ -67,8 +67,8 @@ HINTS = [
     ),
     Hint(
         "batch_norm_backward",
-        "BatchNorm in eval mode returns a contiguous gradient on CUDA, in training mode a channels last one (measured, "
-        f"PyTorch 2.11); PyTorch's own classes {_KEEP_IT}",
+        "BatchNorm in eval mode returns a contiguous gradient on CUDA; in training mode it keeps channels last "
+        "(measured, PyTorch 2.11)",
         cls="BatchNorm",
         device="cuda",
     ),

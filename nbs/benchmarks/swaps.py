@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.vision.learner import create_unet_model
@@ -80,15 +79,16 @@ class Record:
     def add(self, name: str, result: dict) -> None:
         self.results[name] = result
         print(f"{name:44}", *(f"{key} {value}" for key, value in result.items()), flush=True)
+        self.write({})
+
+    def write(self, unfinished: dict[str, dict]) -> None:
+        "With what will be measured again where this is cut off."
         if self.out:
-            self.out.write_text(json.dumps({**self.facts, "results": self.results}, indent=1) + "\n")
+            record = {**self.facts, "results": self.results, "unfinished": unfinished}
+            self.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 # Operators
-
-
-def frozen_batch_norm(norm: nn.Module, image: Tensor) -> Tensor:
-    return forms.frozen_batch_norm(image, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def frozen(channels: int, weights: bool, ndim: int = 4) -> nn.Module:
@@ -99,7 +99,14 @@ def frozen(channels: int, weights: bool, ndim: int = 4) -> nn.Module:
     return norm.requires_grad_(weights)
 
 
-# Of what was tried and left out: equal to the bit, or faster, but not both
+# Of what was tried and left out: not equal to the bit, or no faster
+
+
+def batch_norm_of_rows(norm: nn.Module, image: Tensor) -> Tensor:
+    pixels = image.movedim(1, -1)
+    rows = pixels.reshape(-1, pixels.shape[-1])
+    rows = F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return rows.reshape(pixels.shape).movedim(-1, 1)
 
 
 def softmax(image: Tensor) -> Tensor:
@@ -168,8 +175,8 @@ def operators(size: int, bs: int) -> Iterator[tuple[str, nn.Module, Callable, tu
     for weights in (True, False):
         for channels, side in ((64, s // 4), (1024, s // 16)):
             name = f"frozen batch_norm {channels} {'with' if weights else 'without'} gradients of weights"
-            yield name, frozen(channels, weights), frozen_batch_norm, (b, channels, side, side)
-    yield "frozen batch_norm 3d", frozen(64, True, 5), frozen_batch_norm, (b // 4, 64, 8, s // 4, s // 4)
+            yield name, frozen(channels, weights), batch_norm_of_rows, (b, channels, side, side)
+    yield "frozen batch_norm 3d", frozen(64, True, 5), batch_norm_of_rows, (b // 4, 64, 8, s // 4, s // 4)
     # no form, but a hint: GroupNorm in place of InstanceNorm
     for channels, side in ((64, s // 4), (256, s // 16)):
         shape = (b, channels, side, side)
@@ -314,90 +321,100 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def unet_contenders(bs: int, cuda: bool, amp: str) -> dict[str, tuple[TrainFormat | None, bool]]:
-    "By name: the format, None for fastai's own, and whether modules are swapped."
-    last, compiled = TrainFormat(True, amp), TrainFormat(True, amp, "default")
+def unet_contenders(bs: int, cuda: bool, amp: str, compiled: bool) -> dict[str, tuple[TrainFormat | None, bool]]:
+    "By name: the format, None for fastai's own, and whether modules are swapped. First those that take no compilation."
+    last = TrainFormat(True, amp, "default" if compiled else None)
+    contiguous = replace(last, channels_last=False)
     found = {"fastai's own": (None, False)}
-    found |= {
-        f"contiguous {mode}": (TrainFormat(False, mode), False) for mode in (("fp16", "bf16") if cuda else (amp,))
-    }
-    found |= {"channels last": (last, False), "swaps": (last, True)}
-    if cuda:
-        found |= {
-            "bf16": (replace(last, amp_mode="bf16"), False),
-            "bf16, swaps": (replace(last, amp_mode="bf16"), True),
-        }
-    found |= {"contiguous compiled": (replace(compiled, channels_last=False), False)}
-    found |= {"compiled": (compiled, False), "compiled, swaps": (compiled, True)}
+    if compiled:
+        found |= {"compiled, contiguous": (contiguous, False)}
+        found |= {"compiled": (last, False), "compiled, swaps": (last, True)}
+        fast = "compiled, graph, fused"
+    else:
+        modes = ("fp16", "bf16") if cuda else (amp,)
+        found |= {f"contiguous {mode}": (replace(contiguous, amp_mode=mode), False) for mode in modes}
+        found |= {"channels last": (last, False), "swaps": (last, True)}
+        if cuda:
+            bf16 = replace(last, amp_mode="bf16")
+            found |= {"bf16": (bf16, False), "bf16, swaps": (bf16, True)}
+        fast = "graph, fused"
     if cuda and bs <= 8:
-        for name, fmt in (("", last), ("compiled, ", compiled)):
-            fast = replace(fmt, fused_optimizer=True, cuda_graph=True)
-            found[f"contiguous {name}fused, graph"] = replace(fast, channels_last=False), False
-            found[f"{name}fused, graph"] = fast, False
-            found[f"{name}fused, graph, swaps"] = fast, True
+        for name, fmt, swaps in ((", contiguous", contiguous, False), ("", last, False), (", swaps", last, True)):
+            found[fast + name] = replace(fmt, cuda_graph=True, fused_optimizer=True), swaps
     return found
 
 
 def run_unet(args: argparse.Namespace, record: Record, device: torch.device) -> None:
     cuda = device.type == "cuda"
     for bs in [args.bs] if args.bs else [32, 8]:
-        title = f"DynamicUnet resnet34 {bs}"
-        if not record.is_due(title):
+        for compiled in (False,) if args.no_compile else (False, True):
+            title = f"DynamicUnet resnet34 {bs}{' compiled' if compiled else ''}"
+            if record.is_due(title):
+                contenders = unet_contenders(bs, cuda, args.amp_mode, compiled)
+                measure_unet(title, bs, contenders, args, record, device)
+
+
+def measure_unet(
+    title: str,
+    bs: int,
+    contenders: dict[str, tuple[TrainFormat | None, bool]],
+    args: argparse.Namespace,
+    record: Record,
+    device: torch.device,
+) -> None:
+    "A round in which all is compiled, then those that are timed, the last one profiled; recorded after each."
+    learners, rows = {}, {}
+    for name, (fmt, _) in contenders.items():
+        if name != "fastai's own" and args.only and not any(word in name for word in args.only):
             continue
-        found = unet_contenders(bs, cuda, args.amp_mode)
-        learners, rows = {}, {name: {} for name in found}
-        for name, (fmt, _) in found.items():
-            is_wanted = not args.only or any(word in name for word in args.only)
-            if name != "fastai's own" and (not is_wanted or (args.no_compile and "compiled" in name)):
+        torch.manual_seed(0)
+        learners[name], rows[name] = quiet(new_learner("DynamicUnet", bs, args.size, device, Adam)), {"rounds": []}
+        if fmt is None:
+            to_fastai_channelslast(learners[name], args.amp_mode)
+        else:
+            learners[name].to_format(fmt)
+    for number in range(args.rounds + 1):
+        is_last = number == args.rounds or time.monotonic() > record.end
+        for name, learn in list(learners.items()):
+            fmt, swaps = contenders[name]
+            row = rows[name]
+            try:
+                steps = fit_ms(learn, device, args.steps, swaps, profile=is_last)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                del learners[name]
                 continue
-            torch.manual_seed(0)
-            learners[name] = quiet(new_learner("DynamicUnet", bs, args.size, device, Adam))
-            if fmt is None:
-                to_fastai_channelslast(learners[name], args.amp_mode)
+            ms = round(statistics.median(steps.steps_ms()), 3)
+            if number:
+                row["rounds"].append(ms)
             else:
-                learners[name].to_format(fmt)
-        rounds: dict[str, list[float]] = {name: [] for name in learners}
-        steps_ms: dict[str, list[float]] = {name: [] for name in learners}
-        n_rounds = 0
-        # one round more than is timed, in which all is compiled, and the last one profiled
-        while n_rounds < args.rounds + 1:
-            is_last = n_rounds == args.rounds or time.monotonic() > record.end
-            for name, learn in list(learners.items()):
-                try:
-                    steps = fit_ms(learn, device, args.steps, found[name][1], profile=is_last)
-                except Exception as error:
-                    rows[name]["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
-                    del learners[name], rounds[name], steps_ms[name]
-                    continue
-                ms = steps.steps_ms()
-                if n_rounds:
-                    steps_ms[name] += ms
-                    rounds[name].append(statistics.median(ms))
-                else:
-                    rows[name]["first_step_s"] = round(steps.first_s, 2)
-                if steps.layout is not None:
-                    rows[name] |= {"busy_ms": round(steps.busy_ms, 2), "layout": round(steps.layout, 4)}
-                if found[name][0] is not None and found[name][0].cuda_graph:
-                    rows[name]["reason"] = learn.cuda_graph.reason
-                print(f"  round {n_rounds} {name:36} {statistics.median(ms):.2f} ms", flush=True)
-                free(device)
-            n_rounds += 1
-            if is_last:
-                break
-        for name, row in rows.items():
-            if rounds.get(name):
-                row["ms"] = round(statistics.median(steps_ms[name]), 3)
-                row["rounds"] = [round(ms, 3) for ms in rounds[name]]
-                ratios = [own / ours for own, ours in zip(rounds["fastai's own"], rounds[name])]
-                row["times_fastais_own"] = round(statistics.median(ratios), 3)
-            print(f"{bs:3} {name:36}", *(f"{key} {value}" for key, value in row.items()), flush=True)
-        del learners, learn
-        free(device)
-        torch.compiler.reset()
-        record.add(title, {"bs": bs, "size": args.size, "amp_mode": args.amp_mode, "rows": rows})
+                row["first_step_s"] = round(steps.first_s, 2)
+            if steps.layout is not None:
+                row |= {"busy_ms": round(steps.busy_ms, 2), "layout": round(steps.layout, 4)}
+            if fmt is not None and fmt.cuda_graph:
+                row["reason"] = learn.cuda_graph.reason
+            print(f"  round {number} {name:36} {ms:.2f} ms", flush=True)
+            free(device)
+        for row in rows.values():
+            if row["rounds"]:
+                pairs = zip(rows["fastai's own"]["rounds"], row["rounds"])
+                row["ms"] = round(statistics.median(row["rounds"]), 3)
+                row["times_fastais_own"] = round(statistics.median(own / ours for own, ours in pairs), 3)
+        result = {"bs": bs, "size": args.size, "amp_mode": args.amp_mode, "rows": rows}
+        if number and not is_last:
+            record.write({title: result})  # what there is if this is cut off
+        if is_last:
+            break
+    for name, row in rows.items():
+        print(f"{bs:3} {name:36}", *(f"{key} {value}" for key, value in row.items()), flush=True)
+    record.add(title, result)
+    learners.clear()
+    del learn
+    free(device)
+    torch.compiler.reset()
 
 
-# By name: images in a batch. 'unet BODY OPTION...' is fastai's; 'frozen ARCH' has its BatchNorm in evaluation mode
+# By name: images in a batch. 'unet BODY OPTION...' is fastai's
 ARCHS = {
     "unet resnet34": 16,
     "unet resnet34 self_attention": 16,
@@ -407,8 +424,6 @@ ARCHS = {
     "unet vgg16_bn": 8,
     "unet vgg16_bn self_attention": 8,
     "unet xresnet34 blur": 16,
-    "frozen resnet50": 64,
-    "frozen resnet18": 8,
     "fcn_resnet50": 16,
     "deeplabv3_resnet50": 16,
     "deeplabv3_mobilenet_v3_large": 16,
@@ -460,12 +475,6 @@ ARCHS = {
 
 
 def arch_learner(arch: str, bs: int, size: int, device: torch.device) -> Learner:
-    if arch.startswith("frozen "):
-        learn = arch_learner(arch.removeprefix("frozen "), bs, size, device)
-        for module in learn.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False).eval()
-        return learn.add_cb(BnFreeze())
     if not arch.startswith("unet "):
         return new_learner(arch, bs, None if size == 224 else size, device, fused_adamw)
     body, *options = arch.split()[1:]
@@ -515,7 +524,7 @@ def measure_arch(arch: str, bs: int, args: argparse.Namespace, device: torch.dev
 def run_archs(args: argparse.Namespace, record: Record, device: torch.device) -> None:
     known = {name for names in arch_names().values() for name in names}
     for arch, bs in ARCHS.items():
-        is_known = arch in known or arch.startswith(("unet ", "frozen "))
+        is_known = arch in known or arch.startswith("unet ")
         is_wanted = not args.only or any(word in arch for word in args.only)
         if not is_known or not is_wanted or not record.is_due(arch):
             continue
