@@ -25,6 +25,7 @@ __all__ = ["keep_channels_last"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ATTRIBUTES = ("forward", "__getstate__")  # that stand on a module for the moment
+# How a module is copied and pickled. One with a way of its own would take along what stands on it for the moment
 _COPYING = ("__getstate__", "__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__")
 
 
@@ -109,7 +110,7 @@ class Swap:
         shape: Callable[[Any], tuple[int, ...] | None],  # of an image to ask the module with; None: do not ask
     ):
         self.cls, self.settings, self.shape = cls, settings, shape
-        self._answers: dict[tuple, bool] = {}
+        self.answers: dict[tuple, bool] = {}  # by device and settings
         own = cls.forward
 
         def forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ class Swap:
         if shape is None:
             return False
         key = device, *(str(getattr(module, name)) for name in self.settings)
-        if key not in self._answers:
-            self._answers[key] = any(loses_format(self.cls.forward, module, shape, device, dtype) for dtype in _DTYPES)
-        return self._answers[key]
+        if key not in self.answers:
+            self.answers[key] = any(loses_format(self.cls.forward, module, shape, device, dtype) for dtype in _DTYPES)
+        return self.answers[key]
 
 
 def loses_format(

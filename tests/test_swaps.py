@@ -46,7 +46,7 @@ def keeps(monkeypatch):
 def answer_all(monkeypatch, answer):
     monkeypatch.setattr(swaps, "loses_format", lambda *args: answer)
     for swap in SWAPS:
-        monkeypatch.setattr(swap, "_answers", {})
+        monkeypatch.setattr(swap, "answers", {})
 
 
 def new_case(cls, draw):
@@ -237,7 +237,7 @@ def test_each_kind_of_module_is_asked_once(monkeypatch):
 
 
 def test_asking_leaves_the_random_state_alone(monkeypatch):
-    monkeypatch.setattr(SWAPS[0], "_answers", {})
+    monkeypatch.setattr(SWAPS[0], "answers", {})
     before = torch.get_rng_state()
     with keep_channels_last(nn.Sequential(nn.PixelShuffle(2))):
         pass

@@ -43,8 +43,8 @@ HINTS = [
     Hint(
         "clone|native_batch_norm|cudnn_batch_norm",
         "InstanceNorm works in contiguous format, and `nn.GroupNorm(c, c)`, the same function but for running "
-        "statistics, is no way out: on a CPU it keeps channels last and took 0.5 to 4 times as long in float32, 4 to 13 "
-        "times in bfloat16 (measured, PyTorch 2.15); on CUDA it loses it too, and took 0.6 to 1.3 times as long "
+        "statistics, is no way out: on a CPU it keeps channels last and took 0.5 to 4 times as long in float32, 4 to "
+        "13 times in bfloat16 (measured, PyTorch 2.15); on CUDA it loses it too, and took 0.6 to 1.3 times as long "
         "(measured, H200, PyTorch 2.11)",
         cls="InstanceNorm",
     ),
