@@ -2,6 +2,7 @@
 
 fastai's `TensorBase` copies the attributes of tensors along, in Python that PyTorch 2.11 cannot trace, and that 2.15
 traces again and again inside itself. While a model is traced they are left alone; the classes of the tensors stay.
+(PyTorch 2.6 traces no change of a tensor's class, and no attribute set on a tensor: there a U-Net does not compile.)
 """
 
 from collections.abc import Callable

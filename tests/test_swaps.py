@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.layers import PixelShuffle_ICNR, ToTensorBase
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD
-from fastai.torch_core import TensorBase, TensorImage
+from fastai.torch_core import TensorBase, TensorImage, ismin_torch
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import create_unet_model
@@ -25,6 +25,7 @@ from channelslast import TrainFormat, format_summary, forms, swaps
 from channelslast.memory_format import CHANNELS_LAST, is_channels_last, module_to_memory_format, to_memory_format
 from channelslast.swaps import SWAPS, is_swapped, keep_channels_last, swapped_classes
 
+traces_classes = pytest.mark.skipif(not ismin_torch("2.11"), reason="PyTorch 2.6 traces no change of a tensor's class")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, torch.float64, *HALVES]
@@ -600,6 +601,7 @@ def compiled_as(model, images):
     return counter.frame_count
 
 
+@traces_classes
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_fastais_unet_compiles_in_one_graph(channels_last, loses):
     body = xresnet.xresnet18
@@ -623,6 +625,7 @@ class MakesThemInside(MakesImages):
         return (TensorBase(self.conv(x)) * 2).relu()
 
 
+@traces_classes
 @pytest.mark.parametrize("cls", [MakesImages, MakesThemInside])
 def test_models_that_make_fastais_tensors_compile(cls):
     assert compiled_as(cls(), torch.randn(2, 3, 8, 8)) == 1
@@ -635,6 +638,7 @@ def test_fastais_tensors_keep_their_attributes_in_eager_mode():
     assert type(ToTensorBase()(torch.ones(2))) is TensorBase
 
 
+@traces_classes
 def test_learner_with_fastais_unet_trains_compiled(new_learner, loses):
     def unet():
         layers = [*list(TinyNet())[:4], PixelShuffle_ICNR(8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
