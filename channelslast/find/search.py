@@ -79,24 +79,28 @@ class Search:
         return candidates if self.candidates else [*candidates, *self.comparisons]
 
     def try_in_time(self, candidate: Candidate, stage: Stage) -> None:
-        "Warm `candidate` up if the budget has room for it, and for what is needed after it."
-        if self.candidates[0] is not candidate:
-            left = self.budget.measure_left()
-            eager = [other for other in self.candidates if not other.is_compiled]
-            first_s = [other.first_steps_s for other in eager] if stage.is_first else []
-            needed = 0.0
-            if not candidate.is_needed:
-                n_needed = 1 if any(other.is_own for other in self.candidates) else 2  # the Learner's own comes, too
-                needed = n_needed * max(first_s, default=0.0) + ROUNDS_SHARE * self.budget.seconds
-            if left <= needed:
-                row = candidate.row
-                row.is_tried, row.error = False, f"not reached in {self.budget.seconds:.3g} seconds"
-                return
+        "Warm `candidate` up if there is time for it."
+        if self.lacks_time(candidate, stage):
+            candidate.row.is_tried = False
+            candidate.row.error = f"not reached in {self.budget.seconds:.3g} seconds"
+            return
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
         is_eager = candidate in able(self.candidates) and not (candidate.is_compiled or candidate.has_graphs)
         if is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
             candidate.busy_s = self.measure_busy(candidate)
+
+    def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
+        "Wait for the other processes, and return whether `candidate` would take the time of what is needed after it."
+        if candidate is self.candidates[0]:
+            return False
+        needed_s = 0.0
+        if not candidate.is_needed:
+            is_own_tried = any(other.is_own for other in self.candidates)
+            eager = [other.first_steps_s for other in self.candidates if not other.is_compiled]
+            first_steps_s = max(eager) if stage.is_first and eager else 0.0
+            needed_s = (1 if is_own_tried else 2) * first_steps_s + ROUNDS_SHARE * self.budget.seconds
+        return self.budget.measure_left() <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
         started = time.perf_counter()
@@ -113,12 +117,12 @@ class Search:
         candidate.row.error = error
         if error:
             return
-        ms, steady_ms = sum(steps.clock.read_ms()), steps.read_steady_ms()
-        n_first = steps.n_first or steps.n_steps
         decide = self.processes.decide_together
+        steady_ms = [decide(max, ms) for ms in steps.read_steady_ms()]
+        n_first = steps.n_first or steps.n_steps
         candidate.step_s = decide(max, statistics.median(steady_ms) / 1000)
         candidate.first_steps_s = decide(max, max(0.0, took - (steps.n_steps - n_first + 1) * steady_ms[-1] / 1000))
-        candidate.overhead_s = decide(max, took - ms / 1000)
+        candidate.overhead_s = decide(max, took - sum(steps.clock.read_ms()) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
         candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
         if self.device.type == "cuda" and not (candidate.is_compiled or candidate.has_graphs):

@@ -163,17 +163,15 @@ class Round(TimedSteps):
         return self.clock.read_ms()[-1] / self.n
 
 
-class OptimizerSteps(TimedSteps):
+class OptimizerSteps(Round):
     "Time what the optimizer takes of `n` steps, after `n_lead`: from the end of the backward pass to that of the step."
 
     def __init__(
         self,
         *args: Any,
-        n_lead: int,
-        n: int,
+        **kwargs: Any,  # of `Round`
     ):
-        super().__init__(*args)
-        self.n_lead, self.n = n_lead, n
+        super().__init__(*args, **kwargs)
         self.spans: list[tuple[int, int]] = []  # from which mark to which
         self.begun: int | None = None
 
@@ -189,9 +187,6 @@ class OptimizerSteps(TimedSteps):
 
     def mark(self):
         pass
-
-    def has_enough(self) -> bool:
-        return self.n_steps == self.n_lead + self.n
 
     def read_step_ms(self) -> float:
         "Wait for the last step, and return the milliseconds of an optimizer's step, in the mean of all steps."
