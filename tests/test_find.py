@@ -34,6 +34,7 @@ from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, why_not
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
+from channelslast.find.plan import split_by_time
 from channelslast.find.run import find_format, room_for_compiled
 from channelslast.find.search import Search
 from channelslast.find.stages import Stage, new_stages
@@ -305,7 +306,7 @@ def test_rounds_are_interleaved_and_as_long_as_the_others(timed, many_rounds):
 def test_seconds_asked_for_are_not_exceeded(timed, clock, many_rounds, budget):
     timings = timed.format_find(show_plot=False, budget=budget)
     assert clock.now < 1.2 * budget + 0.2  # the step that is running, and those that tell what the optimizer takes
-    assert timings.best == (LAST_BF16 if budget >= 1 else CONTIGUOUS)
+    assert timings.best == (LAST_BF16 if budget >= 3 else CONTIGUOUS)
 
 
 def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
@@ -316,6 +317,23 @@ def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
 
     timings = new_learner(lambda: Slow(clock)).format_find(show_plot=False)
     assert clock.now < 1.2 * 30 + 4 and timings.row(CONTIGUOUS).samples
+
+
+def test_slower_ones_are_left_out_where_time_is_short(timed, many_rounds):
+    timings = timed.format_find(show_plot=False, budget=1.2)
+    assert len(timings.row(LAST_BF16).samples) >= 3 and len(timings.row(CONTIGUOUS).samples) >= 3
+    assert timings.best == LAST_BF16
+
+
+def test_rounds_are_of_those_that_the_time_holds():
+    candidates = [seen(fmt, step_s) for fmt, step_s in [(CONTIGUOUS, 4.0), (LAST, 2.0), (LAST_BF16, 1.0)]]
+    candidates[0].is_own = True
+    device = torch.device("cpu")
+    for seconds, n_timed in {42: 3, 41: 2, 30: 2, 29: 0}.items():
+        timed, left_out = split_by_time(candidates, seconds, device)
+        assert len(timed) == n_timed and timed + left_out == [
+            *(candidates if n_timed != 2 else [candidates[0], candidates[2], candidates[1]])
+        ]
 
 
 def test_what_is_not_reached_says_so_and_what_is_needed_comes_first(new_learner, clock, bf16_cpu):
@@ -774,10 +792,10 @@ def test_progress_bar(timed, monkeypatch):
             self.ended += 1
 
     monkeypatch.setattr("channelslast.find.run.progress_bar", Bar)
-    timed.format_find(show_plot=False, budget=1)
+    timed.format_find(show_plot=False, budget=2)
     assert bars == []  # a Learner without a bar
     timed.add_cb(ProgressCallback())
-    timed.format_find(show_plot=False, budget=1)
+    timed.format_find(show_plot=False, budget=2)
     (bar,) = bars
     assert bar.values == sorted(bar.values) and bar.values[-1] > 50 and max(bar.values) < 100 and bar.ended == 1
     assert "eager: contiguous fp32 (best so far: channels last bf16, 10.0 ms)" in bar.comments

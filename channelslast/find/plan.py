@@ -9,6 +9,7 @@ from channelslast.find.candidates import Candidate
 N_ROUNDS = 10  # as many as prove a small gain
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
+MIN_ROUNDS = 3  # fewer prove nothing but a very large gain
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
 ROUNDS_SHARE = 0.3  # of the budget, kept for rounds
@@ -28,6 +29,22 @@ def round_s(
         + (candidate.n_lead(device) + n_steps) * candidate.step_s
         for candidate in candidates
     )
+
+
+def split_by_time(
+    candidates: list[Candidate],
+    seconds: float,
+    device: torch.device,
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Return those of which `seconds` hold `MIN_ROUNDS`, and the others: the slowest that are not needed are left out.
+
+    Where they do not hold even those of the fastest beside what is needed, all are left out.
+    """
+    timed = list(candidates)
+    while timed and seconds < MIN_ROUNDS * round_s(timed, 1, device):
+        choices = sorted((each for each in timed if not each.is_needed), key=lambda each: each.step_s)
+        timed = [each for each in timed if each is not choices[-1]] if len(choices) > 1 else []
+    return timed, [each for each in candidates if each not in timed]
 
 
 def choose_n_steps(

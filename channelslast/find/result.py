@@ -127,7 +127,7 @@ class FormatTimings(Sequence):
         "A line of Python that may help against what limits the best step; None where none is known."
         if self.limit == "data":
             return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={os.cpu_count()})"
-        if self.limit == "optimizer" and not self.best.fused_optimizer:
+        if self.limit == "optimizer" and not any(row.format.fused_optimizer for row in self.rows):
             return "learn.opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)"
         if self.limit in ("python", "optimizer") and not any(row.format.compile for row in self.rows):
             return "learn.to_fastest(compile=True)"
@@ -268,7 +268,8 @@ class FormatTimings(Sequence):
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max((len(row.samples) for row in self.rows if is_comparable(row)), default=0)
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
-        return f"{self.model} (input shape: {shapes}) on {self.device}, {n_rounds} rounds of {steps} each"
+        rounds = f"{n_rounds} rounds of {steps} each" if n_rounds else "no time for rounds"
+        return f"{self.model} (input shape: {shapes}) on {self.device}, {rounds}"
 
     def _table(
         self,

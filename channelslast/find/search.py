@@ -17,7 +17,7 @@ from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
-from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s
+from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s, split_by_time
 from channelslast.find.result import FormatTimings
 from channelslast.find.stages import HOPELESS, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
@@ -157,16 +157,17 @@ class Search:
         return finalists
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
-        "Time rounds while there is time. Where there is none for two, the finalists keep their first steps."
+        "Time rounds while there is time. Finalists for which there is none keep their first steps."
         kept = LIMIT_SHARE * self.budget.seconds
         self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
-        if finalists:
-            self.n_steps = choose_n_steps(finalists, left, self.device)
-            self.round_s = round_s(finalists, self.n_steps, self.device)
-        if not finalists or left < 2 * self.round_s:
-            for candidate in finalists:
-                candidate.row.note = f"{len(candidate.row.samples)} steps, no time for rounds"
+        timed, left_out = split_by_time(finalists, left, self.device)
+        for candidate in left_out:
+            candidate.row.note = f"{len(candidate.row.samples)} steps, no time for rounds"
+        if not timed:
             return
+        finalists = timed
+        self.n_steps = choose_n_steps(finalists, left, self.device)
+        self.round_s = round_s(finalists, self.n_steps, self.device)
         for candidate in finalists:
             candidate.row.samples = []
         n_rounds = 0

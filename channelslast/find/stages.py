@@ -14,6 +14,7 @@ from channelslast.memory_format import conv_ndims, module_ndims, supports_channe
 from channelslast.optimizer import check_fused_optimizer
 
 HOPELESS = 1.5  # times the best step: such a format is not timed further
+NEAR = 1.1  # times the best step, within what a few steps tell
 PAYS = 0.9  # of the step without compiling: another precision is compiled too
 MOST_COMPILE_S = 30.0  # seconds that one may have taken for that
 
@@ -119,9 +120,15 @@ def hopeful(
 def fused(
     seen: list[Candidate],
 ) -> list[TrainFormat]:
-    "Return the fastest with fused steps; and, for Python hides what the GPU takes, the one that keeps it least busy."
-    bases = [candidate for candidate in (fastest(seen), *hopeful(_eager(seen))[:1]) if candidate is not None]
-    return [replace(base.row.format, fused_optimizer=True) for base in bases]
+    """Return two formats with fused steps.
+
+    The fastest; and the one that keeps the GPU least busy, for Python hides that, or where this is the same, or not
+    known, one that is hardly slower.
+    """
+    best = fastest(seen)
+    near = [each for each in hopeful(_eager(seen)) if each.busy_s or each.step_s <= NEAR * best.step_s]
+    bases = dict.fromkeys(each.row.format for each in [best, *near] if each is not None)
+    return [replace(fmt, fused_optimizer=True) for fmt in bases][:2]
 
 
 def graphs(
