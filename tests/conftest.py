@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from channelslast import devices
+from channelslast.find import run
 from channelslast.memory_format import is_channels_last
 
 torch.set_num_threads(1)  # more wait for one another longer than they compute on tensors as small as these
@@ -204,6 +205,13 @@ def digits_folder(tmp_path_factory):
         file.parent.mkdir(exist_ok=True)
         Image.fromarray((image * 255 / 16).astype("uint8")).save(file)
     return folder
+
+
+@pytest.fixture
+def quick_search(monkeypatch):
+    "Searches take two seconds."
+    find_format = run.find_format
+    monkeypatch.setattr(run, "find_format", lambda learn, stages, **options: find_format(learn, stages, budget=2))
 
 
 def formats_of(model):

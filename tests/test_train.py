@@ -121,3 +121,11 @@ def test_script_ends_with_an_error_code(digits_folder, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
+
+
+def test_fastest_searches_first_and_says_what_it_chose(train, arguments, capsys, quick_search):
+    train.main(**arguments | {"fastest": True, "amp_mode": "fp32"})
+    lines = capsys.readouterr().out.splitlines()
+    (code,) = [line.removeprefix("fastest: ") for line in lines if line.startswith("fastest: ")]
+    assert code.startswith("learn.to_format(TrainFormat(")
+    assert any(line.startswith("format: ") and "fp32" in line for line in lines)

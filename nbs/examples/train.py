@@ -1,7 +1,7 @@
 """Train an image classifier with fastai in channels last format.
 
     python nbs/examples/train.py
-    python nbs/examples/train.py --path ~/images --arch resnet50 --size 224
+    python nbs/examples/train.py --path ~/images --arch resnet50 --size 224 --fastest
     accelerate launch --num_processes 2 nbs/examples/train.py
 
 Without `--path` it trains on scikit-learn's digits: 1,797 real scans of 8x8 pixels, which need no download.
@@ -116,16 +116,22 @@ def main(
     lr: float = 3e-3,  # highest learning rate of the one-cycle schedule
     amp_mode: str = "auto",  # auto, fp16, bf16 or fp32; auto: what the device is fastest at
     contiguous: bool = False,  # train in contiguous format, to compare
+    fastest: bool = False,  # search for the fastest format first; in the precision of `amp_mode`, if that is not auto
     local_bn: bool = False,  # on several GPUs, normalize the images of each alone, without SyncBatchNorm
     device: str | None = None,  # cpu, cuda, cuda:1, mps, ...; default: fastai's choice
 ):
     "Train an image classifier with fastai in channels last format, on every GPU that `accelerate launch` gives it."
     try:
         check_positive(size=size, bs=bs, epochs=epochs, lr=lr)
+        if fastest and num_distrib() > 1:
+            raise IllegalValue("fastest", "", "search in one process, then pass what it finds")
         learn = new_learner(path, arch, size, bs, amp_mode, contiguous, device)
     except IllegalValue as error:
         print(f"train.py: error: --{error.name} {error.value}: {error.why}", file=sys.stderr)
         raise SystemExit(2) from None
+    if fastest:
+        learn.to_fastest(keep_precision=amp_mode != "auto", show_plot=False)
+        say(f"fastest: {learn.train_format.code}")
     device_type = training_device(learn).type
     if num_distrib() > 1:
         say(f"format: {learn.train_format} on {num_distrib()} x {device_type}")
@@ -153,6 +159,11 @@ def parse_options() -> dict:
         "--amp-mode", "--amp_mode", default="auto", help="auto (what the device is fastest at), fp16, bf16 or fp32"
     )
     parser.add_argument("--contiguous", action="store_true", help="train in contiguous format, to compare")
+    parser.add_argument(
+        "--fastest",
+        action="store_true",
+        help="search for the fastest format first; in the precision of --amp-mode, if that is not auto",
+    )
     parser.add_argument(
         "--local-bn",
         "--local_bn",
