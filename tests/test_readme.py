@@ -1,0 +1,117 @@
+"The README and the pages of the site: their code runs as pasted, their figures are those of the records."
+
+import json
+import re
+import statistics
+from configparser import ConfigParser
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib import pyplot as plt
+
+from channelslast import zoo
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "nbs" / "benchmarks"
+FRONT = [ROOT / "README.md", ROOT / "nbs" / "index.md"]
+SITE = ROOT / "nbs" / "site"
+
+
+def code_blocks(file, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prose(file):
+    "The text of a page without its blocks of code and the targets of its links."
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def record(name):
+    return json.loads((RECORDS / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def in_a_shell(tmp_path, monkeypatch, digits_folder, quick_search):
+    "A folder of its own, no windows, a few digits and searches of two seconds."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "digits_folder", lambda: digits_folder)
+    matplotlib.use("agg")
+    yield
+    plt.close("all")
+
+
+def run(blocks):
+    "Run blocks of code one after the other, as they stand; return the names they leave behind."
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(block, names)
+    return names
+
+
+def test_first_snippet_trains_as_pasted(in_a_shell):
+    learn = run(code_blocks(FRONT[0])[:1])["learn"]
+    assert len(learn.recorder.values) == 3
+
+
+def test_both_first_pages_have_the_same_snippet_and_figures():
+    readme, index = FRONT
+    assert code_blocks(readme)[0] == code_blocks(index)[0]
+    assert set(figures(index)) <= set(figures(readme))
+
+
+def figures(file):
+    "The numbers in the prose of a page."
+    return re.findall(r"(?<![\w.`])\d[\d,]*(?:\.\d+)?(?![\w`]|\.\d)", prose(file))
+
+
+def test_figures_of_the_first_page_are_those_of_the_record():
+    found = record("h200_fastest")
+    results = found["results"]
+    times = [result["times_fastais_own"] for result in results]
+    sizes = [result["bs"] for result in results]
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    settings = settings["DEFAULT"]
+    mean = statistics.geometric_mean(times)
+    assert found["geometric_mean_times_fastais_own"] == pytest.approx(mean, abs=0.01)
+    known = {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}", str(min(sizes)), str(max(sizes))}
+    known |= {settings["min_python"], *re.findall(r"[\d.]+", settings["requirements"])}
+    known |= {"1,797", "2.0"}  # scikit-learn's digits, the licence
+    for page in FRONT:
+        assert set(figures(page)) <= known
+        assert {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}"} <= set(figures(page))
+    assert len(results) == 6 and "six architectures" in FRONT[0].read_text()
+    assert all("compiled" not in result["pick"] for result in results)
+
+
+def test_figures_against_the_built_in_are_those_of_the_records():
+    page = prose(SITE / "differs.md")
+    fp16, bf16, cpu = (record(name) for name in ("h200_resnet50_fp16", "h200_resnet50_bf16", "cpu_xresnet18_bf16"))
+    for found, digits in ((fp16, 2), (bf16, 2), (cpu, 1)):
+        speed, step = found["throughput_vs_builtin"], found["step_vs_plain_loop"]
+        assert f"| {speed:.{digits}f} times | {step:.2f} times |" in page
+    assert f"{fp16['callback_us_per_batch']:.0f} microseconds" in page
+    assert f"{fp16['conversion_ms']['to_channels_last']:.0f} ms" in page
+    assert len(re.findall(r"[\d.]+ (?:times|ms|microseconds)", page)) == 8
+
+
+@pytest.mark.parametrize("name", ["howto", "precision"])
+def test_code_of_a_page_runs_as_it_stands(name, in_a_shell):
+    blocks = code_blocks(SITE / f"{name}.md")
+    blocks = [block for block in blocks if "import lightning" not in block and ".distrib_ctx()" not in block]
+    assert blocks
+    run(blocks)
+
+
+def test_code_for_lightning_runs_as_it_stands(in_a_shell):
+    pytest.importorskip("lightning")
+    run([block for block in code_blocks(SITE / "howto.md") if "import lightning" in block])
+
+
+def test_links_between_files_lead_somewhere():
+    pages = [*FRONT, *SITE.glob("*.md"), ROOT / "CONTRIBUTING.md"]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
