@@ -37,7 +37,7 @@ setup(
     package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "release")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

@@ -1,0 +1,63 @@
+"The directive `atlas`: the CSVs of benchmarks/atlas.py as tables, which static/tables.js sorts and filters."
+
+import csv
+from html import escape
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+COLUMNS = {
+    "model": "architecture",
+    "task": "task",
+    "batch_size": "images",
+    "img_size": "pixels",
+    "times_fastais_own": "times fastai's own",
+    "pick": "pick",
+    "ms": "ms",
+    "iqr": "IQR",
+    "items_per_s": "items/s",
+    "fastais_own_ms": "fastai's own ms",
+    "fastais_own_iqr": "IQR",
+    "peak_gb": "peak GB",
+    "gpu_busy": "GPU busy",
+    "layout_share": "layout kernels",
+    "error": "note",
+}
+
+
+def table(file: Path) -> str:
+    "Return the rows of a CSV as a table of HTML, under what they have in common; columns without a value are left out."
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = {name: title for name, title in COLUMNS.items() if any(row[name] for row in rows)}
+    head = "".join(f"<th>{escape(title)}</th>" for title in columns.values())
+    body = "".join("<tr>" + "".join(f"<td>{escape(row[name])}</td>" for name in columns) + "</tr>" for row in rows)
+    return f'<table class="atlas"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def heading(file: Path) -> str:
+    with file.open(newline="") as stream:
+        last = list(csv.DictReader(stream))[-1]
+    cuda = f", CUDA {last['cuda']}, cuDNN {last['cudnn']}" if last["cuda"] else ""
+    return f"{last['device']}: PyTorch {last['torch']}{cuda}, fastai {last['fastai']}, {last['date']}"
+
+
+class Atlas(SphinxDirective):
+    "All CSVs in the folder that is named, relative to the source folder."
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        found = []
+        for file in sorted((Path(self.env.srcdir) / self.arguments[0]).glob("*.csv")):
+            self.env.note_dependency(str(file))
+            found.append(nodes.paragraph("", "", nodes.strong("", heading(file)), nodes.Text(f" ({file.name})")))
+            found.append(nodes.raw("", table(file), format="html"))
+        return found or [nodes.paragraph("", "Nothing is recorded yet.")]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("atlas", Atlas)
+    return {"parallel_read_safe": True}
