@@ -1,0 +1,98 @@
+"The atlas: what it measures, that it goes on where it ended, and that what fails says why."
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from channelslast.zoo import arch_names
+
+SCRIPT = Path(__file__).parent.parent / "nbs" / "benchmarks" / "atlas.py"
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    spec = importlib.util.spec_from_file_location("atlas", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(atlas, tmp_path, monkeypatch):
+    "Run the script with options, on the CPU and in a folder of its own; return the rows of its file."
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["atlas.py", "--device", "cpu", "--folder", str(tmp_path), *options])
+        atlas.main()
+        (file,) = tmp_path.glob("*.csv")
+        assert not list(tmp_path.glob("*.running"))
+        return atlas.rows_of(file)
+
+    return run
+
+
+@pytest.fixture
+def measured(atlas, monkeypatch):
+    "The architectures that were measured, with figures of no worth; one of the name vgg16_bn fails."
+    names = []
+
+    def measure(arch, bs, args, device):
+        names.append(arch)
+        if arch == "vgg16_bn":
+            raise RuntimeError("out of memory")
+        return {"pick": "contiguous fp32", "ms": 1.0}
+
+    monkeypatch.setattr(atlas, "measure", measure)
+    return names
+
+
+def test_it_lists_enough_architectures_that_exist(atlas):
+    every = {name for names in arch_names().values() for name in names}
+    assert len(atlas.TYPICAL_BS) >= 60 and set(atlas.TYPICAL_BS) <= every
+    assert len(set(atlas.COMPILED.split())) == 20 and set(atlas.COMPILED.split()) <= set(atlas.TYPICAL_BS)
+    assert {atlas.library_of(arch) for arch in atlas.TYPICAL_BS} == {"fastai", "torchvision", "timm"}
+    assert {atlas.task_of(arch) for arch in atlas.TYPICAL_BS} == {"classification", "segmentation", "video"}
+
+
+def test_a_row_has_the_pick_beside_fastais_own(run):
+    (row,) = run("--archs", "squeezenet1_1", "--bs", "2", "--size", "32", "--each", "2")
+    assert row["model"] == "squeezenet1_1" and row["img_size"] == "32" and float(row["ms"]) > 0
+    assert row["times_fastais_own"] or row["error"].startswith("fastai's own: ")
+    assert row["torch"] == torch.__version__ and row["command"].startswith(
+        "python nbs/benchmarks/atlas.py --device cpu"
+    )
+
+
+def test_it_goes_on_where_it_ended(run, measured):
+    run("--archs", "resnet18", "vgg16_bn")
+    rows = run("--archs", "resnet18", "vgg16_bn", "resnet34")
+    assert measured == ["resnet18", "vgg16_bn", "resnet34"]
+    assert [row["error"] for row in rows] == ["", "RuntimeError: out of memory", ""]
+    rows = run("--archs", "vgg16_bn", "--retry")
+    assert measured[-1] == "vgg16_bn" and len(rows) == 3
+
+
+def test_no_search_begins_after_the_budget(run, measured):
+    run("--archs", "resnet18")
+    assert len(run("--archs", "resnet18", "resnet34", "--budget", "0")) == 1 and measured == ["resnet18"]
+
+
+def test_what_ended_the_process_is_told_by_the_next_run(run, measured, tmp_path):
+    run("--archs", "resnet18")
+    (file,) = tmp_path.glob("*.csv")
+    file.with_suffix(".running").write_text(json.dumps({"model": "resnet34", "batch_size": 64}))
+    rows = run("--archs", "resnet34")
+    assert rows[-1]["error"] == "the process ended while it was measured" and measured == ["resnet18"]
+
+
+@pytest.mark.parametrize(
+    "options, end", [([], "threads.csv"), (["--compile"], "-compile.csv"), (["--bs", "128"], "-b128.csv")]
+)
+def test_the_file_is_named_for_the_device_and_the_setting(run, measured, tmp_path, options, end):
+    run("--archs", "resnet18", *options)
+    (file,) = tmp_path.glob("*.csv")
+    assert file.name.startswith("benchmark-train-") and "-nhwc-pt" in file.name and file.name.endswith(end)
