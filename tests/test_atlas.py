@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from channelslast.zoo import arch_names
 
@@ -96,3 +97,24 @@ def test_the_file_is_named_for_the_device_and_the_setting(run, measured, tmp_pat
     run("--archs", "resnet18", *options)
     (file,) = tmp_path.glob("*.csv")
     assert file.name.startswith("benchmark-train-") and "-nhwc-pt" in file.name and file.name.endswith(end)
+
+
+def test_picture_names_each_kind_of_bar_once(tmp_path):
+    spec = importlib.util.spec_from_file_location("atlas_picture", SCRIPT.with_name("atlas_picture.py"))
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    row = {"batch_size": "32", "device": "H200", "torch": "2.11.0+cu130"}
+    eager = {name: row | {"times_fastais_own": times} for name, times in (("slow", "1.5"), ("quick", "4.0"))}
+    compiled = {"slow": row | {"times_fastais_own": "2.5"}}
+    figure = picture.draw(eager, compiled)
+    (ax,) = figure.axes
+    texts = [text.get_text() for text in ax.texts]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["quick, 32", "slow, 32"]
+    assert texts == [
+        "4.00  to_fastest()",
+        "1.50",
+        "2.50  to_fastest(compile=True)",
+        "1  fastai's own to_channelslast()",
+    ]
+    assert ax.get_legend() is None and "2.45 times" in ax.get_title()
+    plt.close(figure)
