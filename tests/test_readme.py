@@ -52,7 +52,7 @@ def run(blocks):
 
 def test_first_snippet_trains_as_pasted(in_a_shell):
     learn = run(code_blocks(FRONT[0])[:1])["learn"]
-    assert len(learn.recorder.values) == 3
+    assert len(learn.recorder.values) == 2
 
 
 def test_both_first_pages_have_the_same_snippet_and_figures():
