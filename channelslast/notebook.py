@@ -2,6 +2,7 @@
 
 import base64
 import io
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,13 @@ def show(
 
 
 def cell() -> int | None:
-    "Return the number of the notebook's cell that runs now, None outside of one."
-    if not in_notebook():
+    """Return the number of the notebook's cell that runs now.
+
+    None outside of one, as in IPython's terminal, and in a process that a notebook has started, which cannot show.
+    """
+    if not in_notebook() or multiprocessing.parent_process() is not None:
         return None
     from IPython import get_ipython
 
-    return get_ipython().execution_count
+    shell = get_ipython()
+    return shell.execution_count if getattr(shell, "kernel", None) is not None else None

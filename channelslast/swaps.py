@@ -196,6 +196,8 @@ def _glu(module: nn.GLU, image: Tensor) -> Tensor | None:
 
 
 def _global_average(module: Any, image: Tensor) -> Tensor | None:
+    if image.ndim == 5 and image.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return None  # autocast computes PyTorch's own in float32 there, and no mean
     return forms.global_average(image) if _is_global(module) and image.ndim == _ndim(module) else None
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from channelslast.find.batches import N_BATCHES, load_batches, n_items_in
 from channelslast.find.budget import Budget
-from channelslast.find.candidates import Candidate, why_not
+from channelslast.find.candidates import Candidate, new_candidate, why_not
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.plan import split_by_time
@@ -372,7 +372,7 @@ def test_compilation_does_not_count(timed, clock, monkeypatch, many_rounds):
     monkeypatch.setattr(Fits, "train", slow_if_compiled)
     timings = timed.format_find([TrainFormat(True, None, "default"), LAST], show_plot=False, budget=10)
     assert 1002 < clock.now < 1012 and timings[1].warmup_s == pytest.approx(1000, abs=1)
-    assert len(timings[1].samples) == len(timings[2].samples) == 10  # nor does it keep another from being tried
+    assert len(timings[1].samples) == len(timings[2].samples) > 5  # nor does it keep another from being tried
 
 
 @pytest.mark.parametrize("drift", [0.01, -0.01])
@@ -799,7 +799,7 @@ def test_progress_bar(timed, monkeypatch):
     (bar,) = bars
     assert bar.values == sorted(bar.values) and bar.values[-1] > 50 and max(bar.values) < 100 and bar.ended == 1
     assert "eager: contiguous fp32 (best so far: channels last bf16, 10.0 ms)" in bar.comments
-    assert "rounds: channels last bf16 (best so far: channels last bf16, 10.0 ms)" in bar.comments
+    assert any(comment.startswith("rounds: channels last bf16 (best so far: channels") for comment in bar.comments)
     timed.add_cb(RaisesAt(20, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         timed.format_find(show_plot=False)
@@ -1105,7 +1105,8 @@ def test_budget_that_ends_with_the_first_step(timed, clock, assert_unchanged):
     check = assert_unchanged(timed)
     timings = timed.format_find(budget=1e-3, show_plot=False)
     check()
-    assert len(timings[0].samples) == 1 and "1 steps" in timings[0].note and clock.now < 0.1
+    assert timings[0].samples == [] and "1 steps, the time was up" in timings[0].note and clock.now < 0.1
+    assert "limits it" not in timings.verdict
     assert all(row.error == "not reached in 0.001 seconds" and not row.is_tried for row in timings[1:])
     assert timings.best == CONTIGUOUS and "no time to compare" in timings.verdict
 
@@ -1141,6 +1142,48 @@ def test_exported_learner_has_no_training_data(new_learner, tmp_path):
     learn.export("model.pkl")
     with pytest.raises(ValueError, match=r"learn.dls.*at least one batch to train on"):
         load_learner(tmp_path / "model.pkl").format_find()
+
+
+def test_model_with_attributes_of_the_search_and_callback_that_asks_the_loader(new_learner, plain_cpu):
+    class Named(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.scaler = self.n_steps = self.error = self.shapes = 0.5
+
+    class Asks(Callback):
+        def before_batch(self):
+            assert str(self.dl.device) == "cpu"
+
+    learn = new_learner(Named, cbs=Asks())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timings = learn.format_find([LAST], show_plot=False)
+    assert not any(row.error for row in timings)
+
+
+def test_own_format_is_waited_for_in_the_default_budget(new_learner, clock, bf16_cpu):
+    class SlowStart(TimedNet):
+        def forward(self, x):
+            clock.steps = getattr(clock, "steps", 0) + 1
+            clock.tick(18.0 if clock.steps in (1, 8) else 0)  # of the first candidate, and of the second
+            return super().forward(x)
+
+    timings = new_learner(lambda: SlowStart(clock)).format_find(show_plot=False)
+    assert timings.row(CONTIGUOUS).note is None or "time was up" not in timings.row(CONTIGUOUS).note
+    assert timings.row(CONTIGUOUS).ms == pytest.approx(40)
+
+
+def test_named_budget_buys_more_rounds(timed, many_rounds):
+    assert len(timed.format_find([LAST], show_plot=False)[0].samples) == 10
+    assert 10 < len(timed.format_find([LAST], show_plot=False, budget=25)[0].samples) <= 40
+
+
+def test_precision_without_a_name_stays(new_learner, plain_cpu):
+    learn = new_learner()
+    learn.to_non_native_fp16()
+    before = {type(cb) for cb in learn.cbs}
+    new_candidate(CONTIGUOUS, torch.device("cpu"), is_own=True, is_set=True).prepare(learn)
+    assert {type(cb) for cb in learn.cbs} == before
 
 
 def test_in_the_middle_of_a_fit(learn):

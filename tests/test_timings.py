@@ -170,7 +170,7 @@ def test_gain_of_the_format_is_unknown_without_a_twin(twin):
         (
             {"optimizer_share": 0.4},
             "optimizer",
-            "The optimizer takes 40% of the step; this may help: `learn.opt_func =",
+            "The optimizer takes 40% of the step; this may help: `learn.opt_func, learn.opt =",
         ),
         ({"optimizer_share": 0.2}, "device", "The computation limits it (cpu, the optimizer takes 20% of it)."),
         ({}, "device", "The computation limits it (cpu)"),
@@ -193,6 +193,7 @@ def test_row_that_looks_faster_is_explained():
         and "channels last fp32 looks 1.12 times as fast as that, within the noise" in few.verdict
     )
     assert "4 rounds are too few to tell, " in few.verdict and "would do." in few.verdict
+    assert "too few" not in new_timings({CONTIGUOUS: [40, 44, 46, 50] * 5, LAST: [46, 34, 48, 49] * 5}).verdict
     few.before_rounds_s, few.round_s = 10, 2
     assert "4 rounds are too few to tell, `budget=" in few.verdict
     more = new_timings({CONTIGUOUS: around(40), LAST_BF16: [18, 20, 19.5, 21], LAST: [20.5, 19.5, 21, 20]})
@@ -278,6 +279,17 @@ def test_rows_and_start_are_enough():
     assert timings.best == LAST and timings[1].speedup == 2.5 and timings.limit == "device"
     assert "2.50 times as fast" in timings.verdict and "channels last fp32" in str(timings) + timings._repr_html_()
     plt.close(timings.plot().figure)
+
+
+def test_start_has_to_be_a_row():
+    with pytest.raises(ValueError, match=r"start=TrainFormat.* is the format of none of the rows"):
+        FormatTimings([FormatTiming(LAST, [1.0])], CONTIGUOUS)
+
+
+def test_fused_steps_are_advised_where_the_optimizer_has_them():
+    facts = {"optimizer_share": 0.4, "has_fused_form": True}
+    timings = new_timings({CONTIGUOUS: around(100), LAST_BF16: around(40)}, **facts)
+    assert timings.advice == "learn.to_format('channels last bf16 fused')"
 
 
 def test_table_of_a_gpu_has_its_memory():

@@ -22,8 +22,14 @@ class Endless:
     def __init__(
         self,
         batches: list[Any],
+        dl: Any,  # the DataLoader in whose place it stands, and whose attributes it has
     ):
-        self.batches = batches
+        self.batches, self.dl = batches, dl
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "dl" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.dl, name)
 
     def __iter__(self) -> Iterator[Any]:
         return cycle(self.batches)

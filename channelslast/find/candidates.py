@@ -56,10 +56,16 @@ class Candidate:
 def new_candidate(
     fmt: TrainFormat,
     device: torch.device,
-    is_own: bool,  # what the Learner has
+    is_own: bool,  # with which the others are compared
+    is_set: bool,  # the Learner is in it
 ) -> Candidate:
     "Return a candidate, with an error if the device would train in another format."
-    return Candidate(fmt, error=None if is_own else why_not(fmt, device), is_own=is_own)
+    error = None if is_own else why_not(fmt, device)
+    return Candidate(fmt, _leave if is_set else None, error, is_own=is_own)
+
+
+def _leave(learn: Learner) -> None:
+    "Leave a Learner as it is, also in a precision for which `TrainFormat` has no name."
 
 
 def why_not(

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import t, ttest_rel
 
-__all__ = ["LEVEL", "FLOOR", "is_proved_faster", "n_rounds_to_prove"]
+__all__ = ["LEVEL", "FLOOR", "MOST_ROUNDS", "is_proved_faster", "n_rounds_to_prove"]
 
 LEVEL = 0.025  # the chance of a wrong choice, of all candidates together, where all are equal
 FLOOR = 1.01  # times as fast: who gains less gains nothing
-_MOST_ROUNDS = 1000
+MOST_ROUNDS = 40  # that a search makes
 
 
 def is_proved_faster(
@@ -35,12 +35,12 @@ def n_rounds_to_prove(
     others: Sequence[float],
     level: float,
 ) -> int | None:
-    """How many rounds would do, in most cases, if gain and noise are as in these; None if none are foreseen."""
+    """How many rounds would do, in most cases, if gain and noise are as in these; None if `MOST_ROUNDS` would not."""
     gains = _log_gains(samples, others)
     if len(gains) < 2:
         return None
     gain, noise = gains.mean() - np.log(FLOOR), gains.std(ddof=1)
-    for n in range(len(gains) + 1, _MOST_ROUNDS):
+    for n in range(len(gains) + 1, MOST_ROUNDS + 1):
         # a margin of one standard error: the next rounds may be less lucky
         if gain > noise / n**0.5 * (t.ppf(1 - level, n - 1) + 1):
             return n

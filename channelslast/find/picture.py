@@ -31,10 +31,11 @@ def plot_bars(
     "Draw a bar for each candidate: a step in the median of its rounds, with their interquartile range."
     if ax is None:
         _, ax = plt.subplots(figsize=picture_size(len(rows)), layout="constrained")
-    longest = max((row.ms for row in rows if not row.error), default=1.0)
+    longest = max((row.ms for row in rows if row.samples and not row.error), default=1.0)
     for i, row in enumerate(rows):
-        if row.error:
-            ax.text(longest * 0.01, i, shorten(row.error, 70), va="center", fontsize=8, color="dimgray")
+        if row.error or not row.samples:
+            words = shorten(row.error or row.note or "", 70)
+            ax.text(longest * 0.01, i, words, va="center", fontsize=8, color="dimgray")
             continue
         words = [] if isnan(row.speedup) else [f"{row.speedup:.2f}x"]
         color = next((color for mark, color in _COLORS.items() if mark in marks[i]), "0.75")

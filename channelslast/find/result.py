@@ -48,6 +48,7 @@ class FormatTimings(Sequence):
     data_items_per_s: float = inf  # what the training DataLoader yields, without training
     busy: float | None = None  # share of the best step in which the GPU ran any kernel; None where that is not known
     optimizer_share: float | None = None  # of the best step, that the optimizer takes; None where that is not known
+    has_fused_form: bool = False  # the optimizer can make fused steps
     model: str = ""  # class of the model
     device: str = ""
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the model's inputs
@@ -57,6 +58,8 @@ class FormatTimings(Sequence):
     _shown_in: int | None = field(default=None, init=False)  # the cell of a notebook
 
     def __post_init__(self):
+        if self.row(self.start) is None:
+            raise ValueError(f"start={self.start!r} is the format of none of the rows: pass that of one of them")
         for row in self.rows:
             row.speedup = self.row(self.start).ms / row.ms
 
@@ -128,8 +131,10 @@ class FormatTimings(Sequence):
         if self.limit == "data":
             return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={os.cpu_count()})"
         if self.limit == "optimizer" and not any(row.format.fused_optimizer for row in self.rows):
-            return "learn.opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)"
-        if self.limit in ("python", "optimizer") and not any(row.format.compile for row in self.rows):
+            if self.has_fused_form:
+                return f"learn.to_format({str(replace(self.best, fused_optimizer=True))!r})"
+            return "learn.opt_func, learn.opt = partial(OptimWrapper, opt=torch.optim.AdamW), None"
+        if self.limit == "python" and not any(row.format.compile for row in self.rows):
             return "learn.to_fastest(compile=True)"
         return None
 
@@ -154,7 +159,7 @@ class FormatTimings(Sequence):
         "Why the fastest row is not the best, where it is not."
         best = self.best_row
         rows = [row for row in self.rows if is_comparable(row) and row.ms < best.ms]
-        if best.error or not rows:
+        if not is_comparable(best) or not rows:
             return ""
         rival = min(rows, key=lambda row: row.ms)
         gain = best.ms / rival.ms
@@ -183,6 +188,8 @@ class FormatTimings(Sequence):
         return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
     def _limit_words(self) -> str:
+        if not self.best_row.samples or self.best_row.error:
+            return ""
         busy = "" if self.busy is None else f"busy {self.busy:.0%} of the step"
         share = "" if self.optimizer_share is None else f"the optimizer takes {self.optimizer_share:.0%} of it"
         facts = ", ".join(filter(None, (busy, share)))

@@ -72,7 +72,8 @@ def to_fastest(self: Learner, **kwargs) -> Learner:
     `learn.train_format` tells which it is, `learn.to_format` and `learn.to_contiguous` set others. Takes the options of
     `format_find`, and raises what it does; nothing has changed then.
     """
-    return self.to_format(self.format_find(**kwargs).best)
+    best = self.format_find(**kwargs).best
+    return self if best == self.train_format else self.to_format(best)
 
 
 def find_format(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from math import nan
+from typing import Any
 
 from fastai.learner import Learner
 from fastai.torch_core import get_model
@@ -19,10 +20,12 @@ from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s, split_by_time
 from channelslast.find.result import FormatTimings
-from channelslast.find.stages import HOPELESS, Stage, able, fastest
+from channelslast.find.stages import HOPELESS, Stage, able, can_be_fused, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
 from channelslast.formats import TrainFormat, uncompiled
 from channelslast.summary.gpu import busy_seconds
+
+N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
 
 
 class Search:
@@ -75,7 +78,11 @@ class Search:
         "Return the candidates of `stage` that no stage before had, and in the first stage the comparisons."
         seen = {candidate.row.format for candidate in self.candidates if candidate.is_choice}
         formats = dict.fromkeys(stage.propose(self.candidates))
-        candidates = [new_candidate(fmt, self.device, is_own=fmt == self.start) for fmt in formats if fmt not in seen]
+        candidates = [
+            new_candidate(fmt, self.device, is_own=fmt == self.start, is_set=fmt == self.learn.train_format)
+            for fmt in formats
+            if fmt not in seen
+        ]
         return candidates if self.candidates else [*candidates, *self.comparisons]
 
     def try_in_time(self, candidate: Candidate, stage: Stage) -> None:
@@ -87,7 +94,7 @@ class Search:
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
         is_eager = candidate in able(self.candidates) and not (candidate.is_compiled or candidate.has_graphs)
-        if is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
+        if is_eager and not candidate.row.note and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
             candidate.busy_s = self.measure_busy(candidate)
 
     def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
@@ -111,7 +118,7 @@ class Search:
                 candidate,
                 WarmUp,
                 processes=self.processes,
-                is_late=lambda place: not candidate.is_compiled and self.budget.measure_left(place) <= 0,
+                is_late=lambda place: self.is_late(candidate, place),
             )
             took = time.perf_counter() - started
         candidate.row.error = error
@@ -119,15 +126,22 @@ class Search:
             return
         decide = self.processes.decide_together
         steady_ms = [decide(max, ms) for ms in steps.read_steady_ms()]
-        n_first = steps.n_first or steps.n_steps
-        candidate.step_s = decide(max, statistics.median(steady_ms) / 1000)
-        candidate.first_steps_s = decide(max, max(0.0, took - (steps.n_steps - n_first + 1) * steady_ms[-1] / 1000))
-        candidate.overhead_s = decide(max, took - sum(steps.clock.read_ms()) / 1000)
+        all_ms = steps.clock.read_ms()
+        candidate.step_s = decide(max, statistics.median(steady_ms or all_ms) / 1000)
+        candidate.first_steps_s = decide(max, max(0.0, took - len(steady_ms) * candidate.step_s))
+        candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
         candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
         if self.device.type == "cuda" and not (candidate.is_compiled or candidate.has_graphs):
             self.budget.first_steps += candidate.first_steps_s
         self.shapes = steps.shapes
+
+    def is_late(self, candidate: Candidate, place: Any) -> bool:
+        "Wait for the other processes, and return whether to end the warm-up of `candidate` for lack of time."
+        left = self.budget.measure_left(place)
+        # The default waits for what all others are compared with, and is longer then
+        is_patient = self.budget.asked is None and candidate.is_needed
+        return left <= 0 and not candidate.is_compiled and not is_patient
 
     def check_any_remain(self) -> None:
         "Raise an error if no choice is left: what the Learner itself raised, at first in the format that it has."
@@ -158,7 +172,7 @@ class Search:
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
         "Time rounds while there is time. Finalists for which there is none keep their first steps."
-        kept = LIMIT_SHARE * self.budget.seconds
+        kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
         timed, left_out = split_by_time(finalists, left, self.device)
         for candidate in left_out:
@@ -171,7 +185,7 @@ class Search:
         for candidate in finalists:
             candidate.row.samples = []
         n_rounds = 0
-        while not is_enough(n_rounds) and left > 0.9 * self.round_s:
+        while not is_enough(n_rounds, self.budget.asked is not None) and left > 0.9 * self.round_s:
             for candidate in finalists[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none
                 if not candidate.row.error:
                     self.tell(f"rounds: {candidate.row.format}")
@@ -220,11 +234,18 @@ class Search:
         for row in rows:
             row.speedup = timings.row(self.start).ms / row.ms
         best = next(candidate for candidate in self.candidates if candidate.row is timings.best_row)
-        if not best.row.error:
+        timings.has_fused_form = can_be_fused(self.learn)
+        if not best.row.error and best.row.samples and self.budget.measure_left() > self.limits_s(best):
             busy_s = self.measure_busy(best)
             timings.busy = busy_s and min(1.0, 1000 * busy_s / best.row.ms)
             timings.optimizer_share = self.measure_optimizer_share(best)
         return timings
+
+    def limits_s(self, candidate: Candidate) -> float:
+        "Return the seconds that it takes to find out what limits `candidate`, about."
+        n_fits = 2 if self.device.type == "cuda" else 1
+        captured_s = candidate.first_steps_s if candidate.has_graphs and not candidate.is_compiled else 0.0
+        return n_fits * (captured_s + (candidate.n_lead(self.device) + N_OPTIMIZER_STEPS) * candidate.step_s)
 
     def measure_busy(self, candidate: Candidate) -> float | None:
         "Train with the profiler, and return the seconds of a step in which the GPU runs any kernel; None if not known."
@@ -242,6 +263,6 @@ class Search:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             n_lead = candidate.n_lead(self.device)
-            steps, error = self.fits.train(candidate, OptimizerSteps, n_lead=n_lead, n=3)
+            steps, error = self.fits.train(candidate, OptimizerSteps, n_lead=n_lead, n=N_OPTIMIZER_STEPS)
         share = 0.0 if error else min(1.0, steps.read_step_ms() / candidate.row.ms)
         return self.processes.decide_together(max, share) or None

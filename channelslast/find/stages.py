@@ -125,7 +125,7 @@ def fused(
     The fastest; and the one that keeps the GPU least busy, for Python hides that, or where this is the same, or not
     known, one that is hardly slower.
     """
-    best = fastest(seen)
+    best = _base(seen)
     near = [each for each in hopeful(_eager(seen)) if each.busy_s or each.step_s <= NEAR * best.step_s]
     bases = dict.fromkeys(each.row.format for each in [best, *near] if each is not None)
     return [replace(fmt, fused_optimizer=True) for fmt in bases][:2]
@@ -146,7 +146,7 @@ def compiled(
     seen: list[Candidate],
 ) -> list[TrainFormat]:
     "Return the fastest format, compiled."
-    best = fastest(seen)
+    best = _base(seen)
     return [replace(best.row.format, compile="default", cuda_graph=False)] if best else []
 
 
@@ -171,6 +171,11 @@ def other_precision(
     if max(candidate.first_steps_s for candidate in ready if candidate.is_compiled) > MOST_COMPILE_S:
         return []
     return [replace(best.row.format, amp_mode=mode) for mode in amp_modes]
+
+
+def _base(seen: list[Candidate]) -> Candidate | None:
+    "The fastest, of those that are not compiled if there are any."
+    return fastest([candidate for candidate in seen if not candidate.is_compiled]) or fastest(seen)
 
 
 def _eager(seen: list[Candidate]) -> list[Candidate]:

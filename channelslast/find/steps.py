@@ -5,13 +5,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback
 from torch.profiler import ProfilerActivity
 
 from channelslast.find.batches import Endless, shapes_in
 from channelslast.find.clock import Clock, wait_for
 from channelslast.find.distributed import Processes
-from channelslast.fit import FitDone
+from channelslast.fit import FitDone, LeanCallback
 
 NO_NUMBER = "the loss is"  # begins the error of a loss that is nan or infinite
 MOST_CANCELLED = 12  # batches without a backward pass, before the first that has one
@@ -19,7 +18,7 @@ MOST_WARM_UP = 12  # steps
 MORE_MS = 500  # milliseconds of steady steps after these, four at most
 
 
-class TimedSteps(Callback):
+class TimedSteps(LeanCallback):
     "Train on the same few batches, and end the fit when there are enough steps. `error` is None if that went well."
 
     order = float("inf")  # after all that belongs to a step
@@ -42,12 +41,12 @@ class TimedSteps(Callback):
         return self.n_begun, self.n_backward
 
     def before_fit(self):
-        scaler = getattr(self.learn, "scaler", None)
+        scaler = vars(self.learn).get("scaler")  # of the Learner, which asks the model for what it has not
         if scaler is not None and self.scaler_state:
             scaler.load_state_dict(self.scaler_state)  # else each round would begin with steps that overflow
 
     def before_train(self):
-        self.learn.dl = Endless(self.batches)
+        self.learn.dl = Endless(self.batches, self.learn.dl)
         self.clock.mark()
 
     def before_batch(self):
@@ -77,7 +76,7 @@ class TimedSteps(Callback):
         raise NotImplementedError
 
     def finish(self):
-        scaler = getattr(self.learn, "scaler", None)
+        scaler = vars(self.learn).get("scaler")
         self.scaler_state = scaler.state_dict() if scaler is not None else {}
         loss = torch.as_tensor(self.learn.loss).detach()
         self.error = None
@@ -123,9 +122,11 @@ class WarmUp(TimedSteps):
         return self.is_cut
 
     def read_steady_ms(self) -> list[float]:
-        "Wait for the last step, and return the milliseconds of each of the steady ones; at least those of one step."
+        "Wait for the last step, and return the milliseconds of each steady one; none where the time was up before."
         ms = self.clock.read_ms()
-        return ms[self.n_first :] if self.n_first and len(ms) > self.n_first else ms[-1:]
+        if self.n_first is None:
+            return []
+        return ms[self.n_first :] or ms[-1:]
 
 
 class Round(TimedSteps):
