@@ -100,7 +100,7 @@ def test_figures_against_the_built_in_are_those_of_the_records():
 @pytest.mark.parametrize("name", ["howto", "precision"])
 def test_code_of_a_page_runs_as_it_stands(name, in_a_shell):
     blocks = code_blocks(SITE / f"{name}.md")
-    blocks = [block for block in blocks if "import lightning" not in block and ".distrib_ctx()" not in block]
+    blocks = [block for block in blocks if "import lightning" not in block]
     assert blocks
     run(blocks)
 
