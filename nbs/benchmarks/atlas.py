@@ -55,6 +55,7 @@ ARCHS = {
     8: """DynamicUnet fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large r3d_18
         mc3_18 r2plus1d_18 s3d mvit_v2_s""",
 }
+SIZES = {"s3d": 224, "mvit_v2_s": 224}  # pixels of those that reject what is common for their kind
 TYPICAL_BS = {arch: bs for bs, names in ARCHS.items() for arch in names.split()}
 
 COMPILED = """xresnet18 xresnet50 resnet18 resnet34 resnet50 mobilenetv3_large_100 mobilenet_v2 ghostnet_100
@@ -107,7 +108,7 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
     torch.compiler.reset()
     cache = tempfile.mkdtemp()  # cold, as a user's
     os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = cache, f"{cache}/triton"
-    learn = new_learner(arch, bs, args.size, device)
+    learn = new_learner(arch, bs, args.size or SIZES.get(arch), device)
     learn.remove_cb(ProgressCallback)
     own = Candidate(TrainFormat(True, args.amp_mode), lambda learn: to_fastai_channelslast(learn, args.amp_mode))
     own.is_choice = False
