@@ -30,9 +30,9 @@ def gpu_shares(
     seconds: float,  # that a step takes without the profiler
 ) -> GpuShares:
     "Return what the kernels among `events` did."
-    kernels = _kernels(events)
-    total = sum(event.time_range.elapsed_us() for event in kernels)
-    layout = sum(event.time_range.elapsed_us() for event in kernels if _LAYOUT_KERNELS.search(event.name))
+    spans = [(event.time_range.end - event.time_range.start, event.name) for event in _kernels(events)]
+    total = sum(span for span, _ in spans)
+    layout = sum(span for span, name in spans if _LAYOUT_KERNELS.search(name))
     return GpuShares(layout / total if total else 0.0, min(1.0, busy_seconds(events) / seconds))
 
 
