@@ -37,7 +37,7 @@ from channelslast.find.fits import Fits
 from channelslast.find.plan import split_by_time
 from channelslast.find.run import find_format, room_for_compiled
 from channelslast.find.search import Search
-from channelslast.find.stages import Stage, new_stages
+from channelslast.find.stages import fixed_stage, new_stages
 from channelslast.find.steps import ProfiledStep, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
@@ -62,7 +62,7 @@ def many_rounds(monkeypatch):
 
 
 def stages_of(*formats):
-    return [Stage("formats", lambda seen: list(formats), is_first=True)]
+    return [fixed_stage("formats", list(formats))]
 
 
 @pytest.fixture

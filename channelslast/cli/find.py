@@ -12,17 +12,16 @@ from channelslast.cli.files import check_files, save_plots
 from channelslast.cli.loop import check_archs, for_each_arch
 from channelslast.cli.record import row_record, timings_record
 from channelslast.find import FormatTimings
-from channelslast.find.candidates import Candidate
 from channelslast.find.run import find_format
-from channelslast.find.stages import Stage, new_stages
+from channelslast.find.stages import fixed_stage, new_stages
 from channelslast.formats import TrainFormat, to_train_format
 from channelslast.zoo import (
     OPTIMIZERS,
     IllegalValue,
     check_positive,
+    fastais_own,
     find_device,
     new_learner,
-    to_fastai_channelslast,
 )
 
 
@@ -39,7 +38,7 @@ def run(
     def run_one(arch: str) -> dict[str, Any]:
         learn = new_learner(arch, options.bs, options.size, device, opt_func, options.path)
         stages = new_stages(learn, formats, options.compile, options.keep_precision)
-        built_in = Candidate(TrainFormat(True, "fp16"), to_fastai_channelslast, is_choice=False)
+        built_in = fastais_own()
         started = time.perf_counter()
         found[arch] = timings = find_format(learn, stages, [built_in] if options.built_in else [], options.budget)
         seconds = round(time.perf_counter() - started, 1)
@@ -89,7 +88,7 @@ def measure_again(
     "Measure all that can train again, without what is known from the search; return the record."
     best = timings.best
     formats = [row.format for row in timings if not row.error]
-    again = find_format(learn, [Stage("again", lambda seen: formats, is_first=True)], budget=budget, start=best)
+    again = find_format(learn, [fixed_stage("again", formats)], budget=budget, start=best)
     fastest = min((row for row in again if not row.error), key=lambda row: row.ms)
     best_ms = again.row(best).ms
     contiguous = again.row(replace(best, channels_last=False))

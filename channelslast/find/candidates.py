@@ -37,6 +37,16 @@ class Candidate:
         self.busy_s: float | None = None  # of a step, in which the GPU ran a kernel
 
     @property
+    def is_eager(self) -> bool:
+        "Whether Python launches each kernel of a step."
+        return not (self.is_compiled or self.has_graphs)
+
+    @property
+    def capture_s(self) -> float:
+        "Seconds of a fit in which CUDA graphs are captured, known after the warm-up; a compiler's own count as none."
+        return self.first_steps_s if self.has_graphs and not self.is_compiled else 0.0
+
+    @property
     def is_needed(self) -> bool:
         "Whether the result says little without it."
         return self.is_own or not self.is_choice

@@ -63,10 +63,8 @@ class Fits:
                         self.learn.fit(1, 0)
                 except FitDone:
                     pass
-                candidate.scaler_state, failure = (
-                    steps.scaler_state,
-                    steps.error or _why_no_graph(self.learn, candidate),
-                )
+                candidate.scaler_state = steps.scaler_state
+                failure = steps.error or _why_no_graph(self.learn, candidate)
         except (Exception, EndedElsewhere) as raised:
             failure = raised
         error = self.processes.report_failure(failure, steps and steps.place)

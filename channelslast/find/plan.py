@@ -25,9 +25,7 @@ def round_s(
     "Return the seconds that a round of `n_steps` of each candidate takes, about."
     least_s = min(candidate.overhead_s for candidate in candidates)  # the first one's is higher
     return sum(
-        # graphs are captured in each
-        (candidate.first_steps_s if candidate.has_graphs and not candidate.is_compiled else least_s)
-        + (candidate.n_lead(device) + n_steps) * candidate.step_s
+        (candidate.capture_s or least_s) + (candidate.n_lead(device) + n_steps) * candidate.step_s
         for candidate in candidates
     )
 

@@ -78,8 +78,9 @@ class Search:
         "Return the candidates of `stage` that no stage before had, and in the first stage the comparisons."
         seen = {candidate.row.format for candidate in self.candidates if candidate.is_choice}
         formats = dict.fromkeys(stage.propose(self.candidates))
+        now = self.learn.train_format
         candidates = [
-            new_candidate(fmt, self.device, is_own=fmt == self.start, is_set=fmt == self.learn.train_format)
+            new_candidate(fmt, self.device, is_own=fmt == self.start, is_set=fmt == now)
             for fmt in formats
             if fmt not in seen
         ]
@@ -93,8 +94,8 @@ class Search:
             return
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
-        is_eager = candidate in able(self.candidates) and not (candidate.is_compiled or candidate.has_graphs)
-        if is_eager and not candidate.row.note and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
+        is_hopeful = candidate in able(self.candidates) and not candidate.row.note
+        if is_hopeful and candidate.is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
             candidate.busy_s = self.measure_busy(candidate)
 
     def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
@@ -132,7 +133,7 @@ class Search:
         candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
         candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
-        if self.device.type == "cuda" and not (candidate.is_compiled or candidate.has_graphs):
+        if self.device.type == "cuda" and candidate.is_eager:
             self.budget.first_steps += candidate.first_steps_s
         self.shapes = steps.shapes
 
@@ -196,9 +197,7 @@ class Search:
             self.round_s = before - left
 
     def time(self, candidate: Candidate) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warm-up gave them
-            steps, error = self.fits.train(candidate, Round, n_lead=candidate.n_lead(self.device), n=self.n_steps)
+        steps, error = self.train_again(candidate, Round, n=self.n_steps)
         row = candidate.row
         if error:
             row.error = error
@@ -209,6 +208,17 @@ class Search:
             peak_bytes = self.processes.decide_together(max, self.memory.take_peak(steps.peak_bytes))
             row.peak_bytes = max(row.peak_bytes or 0, peak_bytes)
 
+    def train_again(
+        self,
+        candidate: Candidate,
+        new_steps: Callable[..., Round],
+        **kwargs: Any,  # its options
+    ) -> tuple[Any, str | None]:
+        "Train `candidate`, which is warmed up, as `Fits.train` does."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the warm-up gave them
+            return self.fits.train(candidate, new_steps, n_lead=candidate.n_lead(self.device), **kwargs)
+
     def tell(self, comment: str) -> None:
         best = fastest(self.candidates)
         if best is not None:
@@ -217,8 +227,7 @@ class Search:
 
     def finish(self) -> FormatTimings:
         "Measure what limits the best candidate, and return the result."
-        rows = [candidate.row for candidate in self.candidates]
-        for row in rows:
+        for row in [candidate.row for candidate in self.candidates]:
             row.items_per_s = 1000 * self.n_items / statistics.fmean(row.samples) if row.samples else nan
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
@@ -231,8 +240,8 @@ class Search:
             before_rounds_s=self.before_rounds_s,
             round_s=self.round_s,
         )
-        for row in rows:
-            row.speedup = timings.row(self.start).ms / row.ms
+        for candidate in self.comparisons:
+            candidate.row.speedup = timings.row(self.start).ms / candidate.row.ms
         best = next(candidate for candidate in self.candidates if candidate.row is timings.best_row)
         timings.has_fused_form = can_be_fused(self.learn)
         if not best.row.error and best.row.samples and self.budget.measure_left() > self.limits_s(best):
@@ -244,25 +253,19 @@ class Search:
     def limits_s(self, candidate: Candidate) -> float:
         "Return the seconds that it takes to find out what limits `candidate`, about."
         n_fits = 2 if self.device.type == "cuda" else 1
-        captured_s = candidate.first_steps_s if candidate.has_graphs and not candidate.is_compiled else 0.0
-        return n_fits * (captured_s + (candidate.n_lead(self.device) + N_OPTIMIZER_STEPS) * candidate.step_s)
+        return n_fits * (candidate.capture_s + (candidate.n_lead(self.device) + N_OPTIMIZER_STEPS) * candidate.step_s)
 
     def measure_busy(self, candidate: Candidate) -> float | None:
         "Train with the profiler, and return the seconds of a step in which the GPU runs any kernel; None if not known."
         if self.device.type != "cuda":
             return None
-        with ExitStack() as profiling, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            n_lead = candidate.n_lead(self.device)
-            steps, error = self.fits.train(candidate, ProfiledStep, n_lead=n_lead, profiling=profiling)
+        with ExitStack() as profiling:
+            steps, error = self.train_again(candidate, ProfiledStep, profiling=profiling)
         busy = 0.0 if error else busy_seconds(steps.profiler.events())
         return self.processes.decide_together(max, busy) or None  # without any kernel the profiler does not work here
 
     def measure_optimizer_share(self, candidate: Candidate) -> float | None:
         "Train, and return the share of a step that the optimizer takes; None if that fails."
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            n_lead = candidate.n_lead(self.device)
-            steps, error = self.fits.train(candidate, OptimizerSteps, n_lead=n_lead, n=N_OPTIMIZER_STEPS)
+        steps, error = self.train_again(candidate, OptimizerSteps, n=N_OPTIMIZER_STEPS)
         share = 0.0 if error else min(1.0, steps.read_step_ms() / candidate.row.ms)
         return self.processes.decide_together(max, share) or None

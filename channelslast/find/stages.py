@@ -28,6 +28,14 @@ class Stage(NamedTuple):
     compiles: bool = False
 
 
+def fixed_stage(
+    name: str,
+    formats: list[TrainFormat],
+) -> Stage:
+    "Return a first stage, of formats that are known beforehand."
+    return Stage(name, lambda seen: formats, True, any(fmt.compile is not None for fmt in formats))
+
+
 def new_stages(
     learn: Learner,
     formats: Iterable[TrainFormat] | None = None,  # None: whatever may pay; else these, and that of the Learner
@@ -43,11 +51,9 @@ def new_stages(
     if formats is not None:
         named = list(formats)
         named = named if start in named else [start, *named]
-        compiles = any(fmt.compile is not None for fmt in named)
-        stages = [Stage("formats", lambda seen: named, is_first=True, compiles=compiles)]
+        stages = [fixed_stage("formats", named)]
     else:
-        eager = eager_formats(learn, keep_precision)
-        stages = [Stage("eager", lambda seen: eager, is_first=True, compiles=start.compile is not None)]
+        stages = [fixed_stage("eager", eager_formats(learn, keep_precision))]
         if can_be_fused(learn):
             stages.append(Stage("fused steps", fused))
         if device.type == "cuda":
@@ -179,4 +185,4 @@ def _base(seen: list[Candidate]) -> Candidate | None:
 
 
 def _eager(seen: list[Candidate]) -> list[Candidate]:
-    return [candidate for candidate in able(seen) if not (candidate.is_compiled or candidate.has_graphs)]
+    return [candidate for candidate in able(seen) if candidate.is_eager]

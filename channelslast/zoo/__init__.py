@@ -17,8 +17,8 @@ from channelslast.zoo.data import (
     synthetic_inputs,
     synthetic_loss,
 )
-from channelslast.zoo.learners import OPTIMIZERS, fused_adamw, new_learner, to_fastai_channelslast
-from channelslast.zoo.options import IllegalValue, check_positive, choose_amp_mode, find_device
+from channelslast.zoo.learners import OPTIMIZERS, fastais_own, fused_adamw, new_learner, to_fastai_channelslast
+from channelslast.zoo.options import IllegalValue, add_format_options, check_positive, choose_amp_mode, find_device
 
 __all__ = [
     "IllegalValue",
@@ -39,6 +39,8 @@ __all__ = [
     "OPTIMIZERS",
     "fused_adamw",
     "to_fastai_channelslast",
+    "fastais_own",
+    "add_format_options",
     "find_device",
     "choose_amp_mode",
     "check_positive",

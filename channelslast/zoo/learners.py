@@ -9,6 +9,8 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 
 from channelslast.callback import FastaiChannelsLast
+from channelslast.find.candidates import Candidate
+from channelslast.formats import TrainFormat
 from channelslast.precision import FastaiMixedPrecision
 from channelslast.zoo.architectures import DEFAULT_SIZE, default_size, new_model
 from channelslast.zoo.data import image_dls, image_folder, synthetic_dls, synthetic_loss
@@ -45,3 +47,11 @@ def to_fastai_channelslast(
 ) -> Learner:
     "Do what fastai's own `to_channelslast`, which this package replaces, would; return `learn`."
     return learn.add_cbs([FastaiChannelsLast(), FastaiMixedPrecision(amp_mode)])
+
+
+def fastais_own(
+    amp_mode: str = "fp16",
+) -> Candidate:
+    "Return fastai's own `to_channelslast` for a search to time beside its candidates."
+    prepare = partial(to_fastai_channelslast, amp_mode=amp_mode)
+    return Candidate(TrainFormat(True, amp_mode), prepare, is_choice=False)

@@ -1,5 +1,6 @@
 "What the options of a command or a training script mean: its device, its precision, its numbers."
 
+from argparse import ArgumentParser
 from math import inf
 from typing import Any
 
@@ -46,6 +47,22 @@ def choose_amp_mode(
     if amp_mode == "auto":
         return amp_mode_of(next(iter(accelerated_dtypes(device)), None))
     return None if amp_mode == "fp32" else amp_mode
+
+
+def add_format_options(
+    parser: ArgumentParser,  # of a training script
+) -> None:
+    "Add `--amp-mode`, `--contiguous`, `--fastest` and `--device`."
+    parser.add_argument(
+        "--amp-mode", "--amp_mode", default="auto", help="auto (what the device is fastest at), fp16, bf16 or fp32"
+    )
+    parser.add_argument("--contiguous", action="store_true", help="train in contiguous format, to compare")
+    parser.add_argument(
+        "--fastest",
+        action="store_true",
+        help="search for the fastest format first; in the precision of --amp-mode, if that is not auto",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: fastai's choice")
 
 
 def check_positive(

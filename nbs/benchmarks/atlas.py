@@ -32,11 +32,10 @@ from fastai.learner import Learner
 from channelslast import TrainFormat
 from channelslast.cli.record import made_with
 from channelslast.devices import device_name
-from channelslast.find.candidates import Candidate
 from channelslast.find.errors import in_one_line
 from channelslast.find.run import find_format
 from channelslast.find.stages import new_stages
-from channelslast.zoo import arch_names, choose_amp_mode, new_learner, to_fastai_channelslast
+from channelslast.zoo import arch_names, choose_amp_mode, fastais_own, new_learner
 from channelslast.zoo.architectures import torchvision_kind
 
 # By the images in a batch of typical use
@@ -110,8 +109,7 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
     os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = cache, f"{cache}/triton"
     learn = new_learner(arch, bs, args.size or SIZES.get(arch), device)
     learn.remove_cb(ProgressCallback)
-    own = Candidate(TrainFormat(True, args.amp_mode), lambda learn: to_fastai_channelslast(learn, args.amp_mode))
-    own.is_choice = False
+    own = fastais_own(args.amp_mode)
     started = time.perf_counter()
     timings = find_format(learn, new_stages(learn, None, args.compile), [own], args.each)
     seconds = time.perf_counter() - started

@@ -26,13 +26,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
-from channelslast import TrainFormat
 from channelslast.cli.record import made_with, row_record, timings_record
-from channelslast.find.candidates import Candidate
 from channelslast.find.run import find_format
-from channelslast.find.stages import Stage
+from channelslast.find.stages import fixed_stage
 from channelslast.fit import FitDone
-from channelslast.zoo import OPTIMIZERS, new_learner, to_fastai_channelslast
+from channelslast.zoo import OPTIMIZERS, fastais_own, new_learner
 
 ARCHS = {"resnet18": 32, "resnet34": 64, "resnet50": 64, "convnext_tiny": 32, "efficientnet_b0": 32, "DynamicUnet": 8}
 
@@ -59,9 +57,8 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     timings = learn.format_find(compile=args.compile, show_plot=False)
     seconds = time.perf_counter() - started
     formats = [row.format for row in timings if not row.error]
-    own = Candidate(TrainFormat(True, args.amp_mode), lambda learn: to_fastai_channelslast(learn, args.amp_mode))
-    own.is_choice = False
-    again = find_format(learn, [Stage("again", lambda seen: formats, True, args.compile)], [own], args.again)
+    own = fastais_own(args.amp_mode)
+    again = find_format(learn, [fixed_stage("again", formats)], [own], args.again)
     best = again.row(timings.best)
     fastest = min((row for row in again if not row.error), key=lambda row: row.ms)
     started = time.perf_counter()

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from channelslast.devices import training_device
 from channelslast.formats import TrainFormat
-from channelslast.zoo import IllegalValue, check_positive, choose_amp_mode, find_device
+from channelslast.zoo import IllegalValue, add_format_options, check_positive, choose_amp_mode, find_device
 
 CODES = ["background", "disc", "square", "triangle"]
 ENCODERS = ("resnet18", "resnet34", "resnet50")
@@ -135,16 +135,7 @@ def parse_options() -> dict:
     parser.add_argument("--bs", type=int, default=8, help="images in a batch")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the images")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of the one-cycle schedule")
-    parser.add_argument(
-        "--amp-mode", "--amp_mode", default="auto", help="auto (what the device is fastest at), fp16, bf16 or fp32"
-    )
-    parser.add_argument("--contiguous", action="store_true", help="train in contiguous format, to compare")
-    parser.add_argument(
-        "--fastest",
-        action="store_true",
-        help="search for the fastest format first; in the precision of --amp-mode, if that is not auto",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: fastai's choice")
+    add_format_options(parser)
     return vars(parser.parse_args())
 
 
