@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim.sgd import sgd
 
 from channelslast.devices import has_fused_steps
 from channelslast.memory_format import match_strides
+from channelslast.nested import are_same
 
 __all__ = ["Plan", "why_no_kernel", "names_of", "foreach"]
 
@@ -299,18 +300,18 @@ class Plan:
         "Whether groups, parameters, gradients, state and memory are those that the plan was made for."
         params = [param for group in opt.param_lists for param in group]
         return (
-            _same(params, self.params)
+            are_same(params, self.params)
             and self.sizes == [len(group) for group in opt.param_lists]
             and self._has_same_grads([param.grad for param in params])
-            and _same(list(map(opt.state.get, self.stepped)), self.states)
-            and _same(self._values(), self.values)
+            and are_same(list(map(opt.state.get, self.stepped)), self.states)
+            and are_same(self._values(), self.values)
             and self._pointers() == self.pointers
             and self._steps() == self.steps
         )
 
     def _has_same_grads(self, grads: list[Tensor | None]) -> bool:
         "Whether `grads` are the plan's, or others in the same memory, as a CUDA graph writes them."
-        return _same(grads, self.grads) or _facts(grads) == self.grad_facts
+        return are_same(grads, self.grads) or _facts(grads) == self.grad_facts
 
     @torch.no_grad()
     def step(
@@ -342,7 +343,3 @@ def _facts(grads: list[Tensor | None]) -> tuple[list[Any], ...]:
     is_sparse = any(grad.layout is not torch.strided for grad in given)
     facts = (id,) if is_sparse else (type, Tensor.data_ptr, Tensor.stride, attrgetter("dtype"))
     return [grad is None for grad in grads], *(list(map(fact, given)) for fact in facts)
-
-
-def _same(first: list[Any], second: list[Any]) -> bool:
-    return len(first) == len(second) and all(map(is_, first, second))

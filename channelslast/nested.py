@@ -1,14 +1,15 @@
-"The tensors in what a model takes and returns, nested in any way; and a check of argument types. PyTorch only."
+"The tensors in what a model takes and returns, nested in any way; and checks of types and of identity. PyTorch only."
 
 import copy
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_type", "map_tensors", "tensors_in"]
+__all__ = ["are_same", "check_type", "map_tensors", "tensors_in"]
 
 _ARRAYS = (array, bytearray, memoryview)  # sequences of numbers alone, which may be long
 
@@ -85,6 +86,14 @@ def _replace_items(batch: Any, changed: dict[Any, Any]) -> Any:
         return type(batch)([changed.get(i, item) for i, item in enumerate(batch)])
     except Exception:  # a class of the user's, whose constructor takes something else
         return batch
+
+
+def are_same(
+    first: Collection[Any],
+    second: Collection[Any],
+) -> bool:
+    "Whether both hold the same objects, in the same order."
+    return len(first) == len(second) and all(map(is_, first, second))
 
 
 def check_type(

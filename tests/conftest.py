@@ -115,6 +115,19 @@ def only_on(monkeypatch, device_type, dtypes):
             )
 
 
+# Of fastai, in the order of a training batch
+BATCH_EVENTS = [
+    "before_batch",
+    "after_pred",
+    "after_loss",
+    "before_backward",
+    "after_backward",
+    "before_step",
+    "after_step",
+    "after_batch",
+]
+
+
 class TinyNet(nn.Sequential):
     "A convolutional classifier of 3-channel images, with a 1x1 convolution and a depthwise one."
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import BATCH_EVENTS, TinyNet
 from fastai.callback.core import (
     Callback,
     CancelBackwardException,
@@ -32,16 +32,6 @@ from channelslast.events import LeanEvents
 from channelslast.formats import TrainFormat
 
 EVENTS = [name for name in vars(event) if not name.startswith("_") and name != "after_create"]
-OF_A_BATCH = [
-    "before_batch",
-    "after_pred",
-    "after_loss",
-    "before_backward",
-    "after_backward",
-    "before_step",
-    "after_step",
-    "after_batch",
-]
 CANCELS = [
     CancelBatchException,
     CancelBackwardException,
@@ -326,7 +316,7 @@ def test_the_same_callbacks_are_called(new, monkeypatch, kind):
 @pytest.mark.parametrize("error", CANCELS)
 @pytest.mark.parametrize("event_name", EVENTS[1:])
 def test_cancelling_at_any_event(new, monkeypatch, event_name, error):
-    n = 1 if event_name not in OF_A_BATCH else 2
+    n = 1 if event_name not in BATCH_EVENTS else 2
 
     def kind(log):
         return [logger(log, "first", -50), at(event_name, raises(error()), n), logger(log, "last", 50)]
@@ -388,7 +378,7 @@ def test_methods_of_the_learner_and_the_model_are_called_as_in_fastai(new, monke
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("now"), KeyboardInterrupt()])
-@pytest.mark.parametrize("event_name", [*OF_A_BATCH, "before_validate", "after_epoch"])
+@pytest.mark.parametrize("event_name", [*BATCH_EVENTS, "before_validate", "after_epoch"])
 def test_nothing_stays_on_the_learner(new, error, event_name):
     learn = new()
     names = {*vars(learn)}

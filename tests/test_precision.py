@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import in_a_thread, new_dls
+from conftest import BATCH_EVENTS, in_a_thread, new_dls
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, load_learner
@@ -400,23 +400,11 @@ class RaiseAt(Callback):
             raise self.error
 
 
-EVENTS = [
-    "before_batch",
-    "after_pred",
-    "after_loss",
-    "before_backward",
-    "after_backward",
-    "before_step",
-    "after_step",
-    "after_batch",
-]
-
-
 @pytest.mark.parametrize("order", [-5, 30])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), RuntimeError("no"), CancelFitException(), CancelBatchException()], ids=repr
 )
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", BATCH_EVENTS)
 def test_exception_at_any_event_leaves_autocast_as_it_was(event, error, order, bf16_cpu, new_learner):
     learn = new_learner(cbs=MixedPrecision("bf16"))
     before = autocast_state()

@@ -8,13 +8,15 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from operator import is_, setitem
+from operator import setitem
 from types import MemberDescriptorType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from channelslast.nested import are_same
 
 __all__ = [
     "CONTAINERS",
@@ -112,7 +114,7 @@ def _items(container: Any, base: type) -> Any:
 
 def _put_items_back(container: Any, base: type, items: Any) -> None:
     now = _items(container, base)
-    if _are_same(now, items) and (not isinstance(items, dict) or _are_same(now.values(), items.values())):
+    if are_same(now, items) and (not isinstance(items, dict) or are_same(now.values(), items.values())):
         return
     base.clear(container)
     if isinstance(items, dict):
@@ -122,10 +124,6 @@ def _put_items_back(container: Any, base: type, items: Any) -> None:
         set.update(container, items)
     else:
         base.extend(container, items)
-
-
-def _are_same(first: Any, second: Any) -> bool:
-    return len(first) == len(second) and all(map(is_, first, second))
 
 
 def save_attributes(
