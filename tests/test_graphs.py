@@ -341,13 +341,13 @@ class Interrupts(nn.Module):
 
     def forward(self, x):
         Interrupts.n += 1
-        if Interrupts.n == 5:  # in the capture, after three steps to warm up and one more
+        if Interrupts.n == 5:
             raise KeyboardInterrupt
         return x
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["first warm-up", "second warm-up", "capture"])
 def test_interrupt_in_a_capture(at, monkeypatch):
     eager, model = twins(net_with(Interrupts))
     data = batches(4)
@@ -438,6 +438,31 @@ def test_memory_is_given_back():
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < held
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a PyTorch without CUDA")
+def test_pytorch_clears_workspaces_for_us():
+    assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "see `_own_workspaces` in graphs/capture.py"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("clears", [True, False])
+def test_captures_one_after_the_other_keep_no_workspaces(clears, monkeypatch):
+    if not clears:  # as in a PyTorch without it: one for each thread
+        monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
+    data = batches(2)
+    held = []
+    for _ in range(6):
+        _, model = twins()
+        graphed = GraphedModule(model)
+        train(graphed, model, data)
+        assert graphed.n_graphs == 1
+        graphed.release()
+        del graphed, model
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] <= held[1]
 
 
 @pytest.mark.cuda

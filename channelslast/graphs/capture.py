@@ -59,12 +59,13 @@ class Graph:
     def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any):
         params = [param for param in module.parameters() if param.requires_grad]
         static = tuple(tensor.detach().clone() for tensor in inputs)
-        options = {"num_warmup_iters": 1, "allow_unused_input": True, "pool": pool}
+        # No warm-up of PyTorch's, but `_warm_up`: it makes workspaces in streams that nothing else uses
+        options = {"num_warmup_iters": 0, "allow_unused_input": True, "pool": pool}
         if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
             options["capture_error_mode"] = "thread_local"  # a thread that pins batches in memory may go on
         _renew_accumulators(params)
         try:
-            with _uncached_autocast(), warnings.catch_warnings():
+            with _uncached_autocast(), _own_workspaces(), warnings.catch_warnings():
                 # that streams wait for one another in the backward pass: here they do so at the capture alone
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
                 self.callable = torch.cuda.make_graphed_callables(_Body(module), static, **options)
@@ -85,6 +86,22 @@ class Graph:
         output = self.callable(*inputs)
         copies = iter(_Copies.apply(owner, owner.n_writes, *tensors_in(output)))
         return map_tensors(lambda tensor: next(copies), output)
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Have cuBLAS take workspaces of a capture from the memory of its graph, and keep none of them.
+
+    PyTorch before 2.15 keeps one (32 MB on a Hopper GPU) for each thread and stream, whichever graph's memory it is
+    from: another graph would use it after that one is freed (pytorch/pytorch#193402). PyTorch's own CUDA graphs of
+    compiled models clear them too. Without this private function there is more memory that is not given back.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 def _renew_accumulators(params: list[Tensor]) -> None:
