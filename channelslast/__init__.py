@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from channelslast import callback, devices, find, formats, graphs, memory_format, optimizer, precision, summary, swaps
 from channelslast import learner as _learner  # noqa: F401, the methods of Learner
 from channelslast import subclasses as _subclasses  # noqa: F401, what lets PyTorch compile them
+from channelslast import unet as _unet  # noqa: F401, its form
 from channelslast.callback import *
 from channelslast.devices import *
 from channelslast.find import *

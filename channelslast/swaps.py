@@ -37,7 +37,8 @@ def keep_channels_last(
 
     These are PyTorch's own, and subclasses that leave `forward` alone, each where it loses the format on this device
     with this PyTorch: PixelShuffle, PixelUnshuffle and ChannelShuffle; padding by reflection, replication and circular,
-    in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever.
+    in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever. On CUDA, the last
+    layers of fastai's U-Net compute in half precision with a multiple of 8 channels, the added ones being zeros.
 
     Put it around training, a compiled model's too. What is printed, saved, pickled and copied inside, classes and hooks
     are as without it. Scripts, and a model in `nn.DataParallel`, run as they are. A Learner that trains in channels
@@ -60,15 +61,19 @@ def is_swapped(
     module: nn.Module,
 ) -> bool:
     "Whether `module` itself computes in another form at the moment."
-    forward = getattr(vars(module).get("forward"), "__func__", None)
-    return any(forward is swap.forward for swap in SWAPS)
+    return _runs(module, SWAPS)
 
 
 def swapped_classes(
     model: nn.Module,
 ) -> dict[str, int]:
     "The classes of the modules of `model` that compute in another form at the moment, with how many there are of each."
-    return dict(Counter(type(module).__name__ for module in model.modules() if is_swapped(module)))
+    return dict(Counter(type(module).__name__ for module in model.modules() if _runs(module, [*SWAPS, *MODEL_SWAPS])))
+
+
+def _runs(module: nn.Module, swaps: "list[Swap]") -> bool:
+    forward = getattr(vars(module).get("forward"), "__func__", None)
+    return any(forward is swap.forward for swap in swaps)
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:
@@ -92,7 +97,8 @@ def _swap_of(module: nn.Module) -> "Swap | None":
     cls = type(module)
     if "forward" in vars(module) or any(getattr(cls, name, None) is not _own(name) for name in _COPYING):
         return None
-    return next((swap for swap in SWAPS if issubclass(cls, swap.cls) and cls.forward is swap.cls.forward), None)
+    swaps = [*SWAPS, *MODEL_SWAPS]
+    return next((swap for swap in swaps if issubclass(cls, swap.cls) and cls.forward is swap.cls.forward), None)
 
 
 def _own(name: str) -> Any:
@@ -232,3 +238,4 @@ SWAPS = [
     Swap(nn.AdaptiveAvgPool2d, _global_average, ("output_size",), _globally),
     Swap(nn.AdaptiveAvgPool3d, _global_average, ("output_size",), _globally),
 ]
+MODEL_SWAPS: list[Swap] = []  # of whole models, from the rooms that know other libraries
