@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
 from channelslast.cli.record import made_with, row_record, timings_record
+from channelslast.find.result import FormatTimings
 from channelslast.find.run import find_format
 from channelslast.find.stages import fixed_stage
 from channelslast.fit import FitDone
@@ -56,7 +58,9 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     started = time.perf_counter()
     timings = learn.format_find(compile=args.compile, show_plot=False)
     seconds = time.perf_counter() - started
-    formats = [row.format for row in timings if not row.error]
+    rows = sorted((row for row in timings if not row.error), key=lambda row: row.ms)  # the fastest cut the others short
+    formats = [row.format for row in rows]
+    plain = FormatTimings([row for row in timings if not row.format.compile], timings.start).best
     own = fastais_own(args.amp_mode)
     again = find_format(learn, [fixed_stage("again", formats)], [own], args.again)
     best = again.row(timings.best)
@@ -65,9 +69,14 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     learn.to_format(timings.best)
     with suppress(FitDone):
         learn.fit(1, 0, cbs=TwoSteps())
-    record = {"arch": arch, "bs": bs, "seconds": round(seconds, 1), "pick": str(timings.best)}
+    record = {"arch": arch, "bs": bs, "date": str(date.today())}
+    record |= {"seconds": round(seconds, 1), "pick": str(timings.best)}
     record["ready_s"] = round(time.perf_counter() - started, 1)
-    record["times_fastais_own"] = None if own.row.error or not own.row.samples else round(own.row.ms / best.ms, 3)
+    is_compared = own.row.samples and not own.row.error
+    record["times_fastais_own"] = round(own.row.ms / best.ms, 3) if is_compared else None
+    if args.compile:
+        record["pick_without_compiling"] = str(plain)
+        record["times_without_compiling"] = round(own.row.ms / again.row(plain).ms, 3) if is_compared else None
     record["pick_vs_fastest"] = round(fastest.ms / best.ms, 3)
     record["fastest"] = str(fastest.format)
     print(*(f"{key} {value}" for key, value in record.items()), flush=True)
@@ -106,11 +115,12 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        times = [result["times_fastais_own"] for result in results if result.get("times_fastais_own")]
         record = {**made_with(command, device), "results": results}
-        record["geometric_mean_times_fastais_own"] = times and round(statistics.geometric_mean(times), 3)
+        for key in ("times_fastais_own", "times_without_compiling"):
+            if times := [result[key] for result in results if result.get(key)]:
+                record[f"geometric_mean_{key}"] = round(statistics.geometric_mean(times), 3)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print("geometric mean", record["geometric_mean_times_fastais_own"])
+        print(*(f"{key} {value}" for key, value in record.items() if key.startswith("geometric")), flush=True)
 
 
 if __name__ == "__main__":
