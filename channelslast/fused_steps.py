@@ -47,10 +47,12 @@ def foreach(
 
 # The steps that have a kernel
 
+ADAM_KERNELS = {True: "_fused_adamw_", False: "_fused_adam_"}  # of PyTorch, by whether weight decay is true
+
 
 @dataclass
 class _Call:
-    """The parameters that one call of a kernel steps: of one group, alike in weight decay, device and dtype.
+    """The parameters that one call of a kernel steps: of one group, alike in weight decay, steps, device and dtype.
 
     Their tensors are flat views, for kernels of the CPU copy a gradient that is not contiguous.
     """
@@ -60,28 +62,38 @@ class _Call:
     params: list[Tensor] = field(default_factory=list)  # of `.data`: as with fastai, its version does not change
     grads: list[Tensor] = field(default_factory=list)
     averages: tuple[list[Tensor], ...] = ()
-    counts: list[float] = field(default_factory=list)  # steps made so far, of each parameter
-    steps: list[Tensor] = field(default_factory=list)  # the same on the device, where the kernel counts on
+    count: float = 0.0  # steps made when this was made
+    steps: list[Tensor] = field(default_factory=list)  # made so far, of each parameter, on the device
 
 
 def _adam(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple_wd: bool) -> None:
-    function = adamw if decouple_wd else adam
-    function(
-        call.params,
-        call.grads,
-        *call.averages,
-        [],
-        call.steps,
-        fused=True,
-        found_inf=found_inf,
-        amsgrad=False,
-        beta1=float(hyper["mom"]),
-        beta2=float(hyper["sqr_mom"]),
-        lr=float(hyper["lr"]),
-        weight_decay=float(hyper["wd"]) if call.do_wd else 0.0,
-        eps=float(hyper["eps"]),
-        maximize=False,
-    )
+    """Make a step of Adam, with the kernel itself where PyTorch has it under the name in `ADAM_KERNELS`.
+
+    PyTorch's function sorts the tensors and counts for each, which takes longer than to launch the kernel.
+    """
+    kernel = getattr(torch, ADAM_KERNELS[decouple_wd], None)
+    device, tensors = call.params[0].device, (call.params, call.grads, *call.averages, [])
+    options = {
+        "amsgrad": False,
+        "beta1": float(hyper["mom"]),
+        "beta2": float(hyper["sqr_mom"]),
+        "lr": float(hyper["lr"]),
+        "weight_decay": float(hyper["wd"]) if call.do_wd else 0.0,
+        "eps": float(hyper["eps"]),
+        "maximize": False,
+    }
+    found_inf = found_inf if found_inf is None else found_inf.to(device)
+    if not call.steps:
+        n = len(call.params) if kernel is None else 1  # the kernel reads one count for all
+        call.steps = [torch.full((1,), call.count, dtype=torch.float32, device=device) for _ in range(n)]
+    if kernel is None:
+        (adamw if decouple_wd else adam)(*tensors, call.steps, fused=True, found_inf=found_inf, **options)
+        return
+    (step,) = call.steps
+    step += 1
+    kernel(*tensors, [step] * len(call.params), found_inf=found_inf, **options)
+    if found_inf is not None:
+        step -= found_inf
 
 
 def _sgd(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple_wd: bool) -> None:
@@ -250,21 +262,17 @@ class Plan:
                 self.plain.append((group, param))
                 continue
             do_wd = bool(state.get("do_wd", True))
-            new = _Call(group, do_wd, averages=tuple([] for _ in averages))
-            call = calls.setdefault((group, do_wd, param.device, param.dtype), new)
+            count = float(state.setdefault("step", 0)) if self.form.counts_steps else 0.0
+            new = _Call(group, do_wd, averages=tuple([] for _ in averages), count=count)
+            call = calls.setdefault((group, do_wd, count, param.device, param.dtype), new)
             call.params.append(_flat(param.data))
             call.grads.append(_flat(grad))
             for tensors, average in zip(call.averages, averages):
                 tensors.append(_flat(average))
-            if self.form.counts_steps:
-                call.counts.append(float(state.setdefault("step", 0)))
             self.stepped.append(param)
             self.states.append(state)
             self.tensors += [param, grad, *averages]
         self.calls = list(calls.values())
-        for call in self.calls:
-            counts = torch.tensor(call.counts, dtype=torch.float32)
-            call.steps = list(counts.to(call.params[0].device, non_blocking=True).unbind())
         self.values, self.pointers, self.steps = self._values(), self._pointers(), self._steps()
         self.grad_facts = _facts(self.grads)
 

@@ -33,8 +33,9 @@ from fastcore.foundation import L
 from torch import nn
 
 import channelslast.all  # noqa: F401, for `after_exception`
+from channelslast import fused_steps
 from channelslast.devices import has_fused_steps
-from channelslast.fused_steps import Plan
+from channelslast.fused_steps import ADAM_KERNELS, Plan
 from channelslast.optimizer import (
     FusedOptimizer,
     check_fused_optimizer,
@@ -552,6 +553,17 @@ def test_gradients_are_zeroed_in_place(name):
     twin.opt.zero_grad()
     assert all(param.grad is grad for param, grad in zip(twin.params, grads))
     assert not any(grad.to_dense().any() for grad in grads if grad is not None)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name", ["Adam", "Adam L2"])
+def test_steps_are_the_same_where_kernels_have_other_names(name, device, monkeypatch):
+    assert all(hasattr(torch, kernel) for kernel in ADAM_KERNELS.values())
+    twin, other = (Twin(FASTAI[name], device).fuse() for _ in range(2))
+    twin.step(3).overflow().step(2, found_inf=0)
+    monkeypatch.setattr(fused_steps, "ADAM_KERNELS", {True: "renamed", False: "renamed"})
+    other.step(3).overflow().step(2, found_inf=0)
+    assert_same_training(other, twin)
 
 
 @pytest.mark.parametrize("found_inf", [None, 0])
