@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,9 @@ def test_a_table_of_the_atlas_leaves_out_columns_without_a_value(tmp_path):
     html = atlas.table(file)
     assert "resnet&lt;18&gt;" in html and "<td>3.5</td>" in html and html.count("<th>") == 2
     assert atlas.heading(file).startswith("H200: PyTorch 2.11")
+
+
+@pytest.mark.parametrize("file", sorted(SITE.parent.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_outputs_of_notebooks_name_no_folder_of_a_machine(file):
+    outputs = [output for cell in json.loads(file.read_text())["cells"] for output in cell.get("outputs", [])]
+    assert not re.search(r"/(root|home|tmp|site-packages)/", json.dumps(outputs))
