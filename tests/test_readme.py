@@ -79,6 +79,8 @@ def test_figures_of_the_first_page_are_those_of_the_record():
     known = {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}", str(min(sizes)), str(max(sizes))}
     known |= {settings["min_python"], *re.findall(r"[\d.]+", settings["requirements"])}
     known |= {"1,797", "2.0"}  # scikit-learn's digits, the licence
+    unet = record("h200_swaps_unet")["results"]["DynamicUnet resnet34 32"]
+    known |= {str(unet["bs"]), *(f"{unet['rows'][name]['busy_ms']:.0f}" for name in ("fastai's own", "swaps"))}
     for page in FRONT:
         assert set(figures(page)) <= known
         assert {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}"} <= set(figures(page))
