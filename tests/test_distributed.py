@@ -119,6 +119,7 @@ def test_gradients_match_the_buckets_of_distributed_data_parallel(done):
 def check_losses(printed, n_compared):
     record = json.loads(printed)
     assert len(record["losses"]) == n_compared
+    assert sum("fused" in compared["processes"] for compared in record["losses"]) == n_compared // 2
     for compared in record["losses"]:
         losses, differences = compared["losses"], compared["relative_differences"]
         assert len(losses) == 8 and losses[-1] < losses[0]
@@ -129,7 +130,7 @@ def check_losses(printed, n_compared):
 def test_losses_are_those_of_one_process_with_the_same_global_batch(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--device", "cpu", "--processes", "1,2"])
     runpy.run_path(str(BENCHMARK), run_name="__main__")  # it starts processes enough
-    check_losses(capsys.readouterr().out, 1)
+    check_losses(capsys.readouterr().out, 2)
 
 
 @pytest.mark.multi_gpu
@@ -137,7 +138,7 @@ def test_losses_on_gpus_are_those_of_one_with_the_same_global_batch():
     numbers = [n for n in (2, 4, 8) if n <= torch.cuda.device_count()]
     done = run(BENCHMARK, "--processes", ",".join(map(str, [1, *numbers])), "--steps", "0")
     assert done.returncode == 0, done.stderr[-3000:]
-    check_losses(done.stdout, 2 * len(numbers))
+    check_losses(done.stdout, 4 * len(numbers))
 
 
 # The training script

@@ -2,9 +2,9 @@
 
     python nbs/benchmarks/distributed.py --processes 1,2,4,8 > nbs/benchmarks/h200x8_distributed.json
 
-Losses: xresnet18 on scikit-learn's digits, in channels last and float32, with SyncBatchNorm and without. One process
-trains on the same global batches: whole with SyncBatchNorm, and without it in as many parts as there are processes,
-whose gradients it accumulates. Speed: an architecture on random images that are on the GPU already, with a fused AdamW;
+Losses: xresnet18 on scikit-learn's digits, in channels last and float32, with SyncBatchNorm and without, with the plain
+steps of fastai's SGD and with fused ones. One process trains on the same global batches with plain steps: whole with
+SyncBatchNorm, and without it in as many parts as there are processes, whose gradients it accumulates. Speed: an architecture on random images that are on the GPU already, with a fused AdamW;
 the numbers of processes take turns, and figures are medians over the steps of all turns.
 """
 
@@ -93,8 +93,8 @@ def new_learner(batches: list, model, device: torch.device, **kwargs) -> Learner
     return learn
 
 
-def digits_losses(device: torch.device, sync_bn: bool, n_processes: int) -> list[float]:
-    "Losses of the steps, trained in this process as in `n_processes`, or in those that there are."
+def digits_losses(device: torch.device, sync_bn: bool, fused: bool, n_processes: int) -> list[float]:
+    "Losses of the steps, trained in this process as in `n_processes`, with plain steps, or in those that there are."
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).div(16)[:, None].repeat(1, 3, 2, 2).to(device)
     images += 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device)  # no equal pixels
@@ -111,7 +111,7 @@ def digits_losses(device: torch.device, sync_bn: bool, n_processes: int) -> list
     torch.manual_seed(0)
     model = new_model("xresnet18", 10)
     learn = new_learner(batches, model, device, opt_func=partial(SGD, mom=0.9), lr=0.01, cbs=cbs)
-    learn.to_format(TrainFormat(channels_last=True))
+    learn.to_format(TrainFormat(channels_last=True, fused_optimizer=fused and not is_one))
     with nullcontext() if is_one else learn.distrib_ctx(sync_bn=sync_bn):
         learn.fit(1)
     losses = learn.losses.losses
@@ -148,8 +148,9 @@ def work(task: dict) -> dict:
         DistributedDL._broadcast = broadcast
     torch.backends.cudnn.allow_tf32 = False
     result = {"device": made_with("", device)["device"], "losses": {}, "ms": {}}
-    for n, sync_bn in product(task["losses_of"], task["sync_bn"]):
-        result["losses"][f"{n}, {norm(sync_bn)}"] = digits_losses(device, sync_bn, n)
+    for n, sync_bn, fused in product(task["losses_of"], task["sync_bn"], [False, True]):
+        name = f"{n}, {norm(sync_bn)}{', fused steps' if fused else ''}"
+        result["losses"][name] = digits_losses(device, sync_bn, fused, n)
     for fmt in task["speed_in"]:
         for sync_bn in task["sync_bn"] if num_distrib() > 1 else [False]:
             name = f"{TrainFormat(*fmt)}, {norm(sync_bn)}"
