@@ -75,7 +75,9 @@ class Graph:
         zeros = [torch.zeros_like(output) for output in outputs]
         # A backward pass returns the gradients where each replay will write them: remember the addresses
         gradients = torch.autograd.grad(outputs, params, zeros, allow_unused=True)
-        self.gradients = [(p, grad.data_ptr()) for p, grad in zip(params, gradients, strict=True) if grad is not None]
+        given = [(param, grad) for param, grad in zip(params, gradients, strict=True) if grad is not None]
+        self.params = [param for param, _ in given]
+        self.addresses = {grad.data_ptr() for _, grad in given}
 
     def replay(
         self,

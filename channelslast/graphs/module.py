@@ -126,8 +126,9 @@ class GraphedModule:
 
     def _free_gradients(self, are_zero: bool) -> None:
         "Leave no gradient in the memory that a replay writes to."
-        written = {address for graph in self._graphs.values() for _, address in graph.gradients}
-        for param in {param for graph in self._graphs.values() for param, _ in graph.gradients}:
+        graphs = self._graphs.values()
+        written = set().union(*[graph.addresses for graph in graphs])
+        for param in [param for graph in graphs for param in graph.params]:
             grad = param.grad
             if grad is not None and grad.data_ptr() in written:
                 param.grad = None if are_zero else grad.clone()
