@@ -4,8 +4,9 @@
 
 Losses: xresnet18 on scikit-learn's digits, in channels last and float32, with SyncBatchNorm and without, with the plain
 steps of fastai's SGD and with fused ones. One process trains on the same global batches with plain steps: whole with
-SyncBatchNorm, and without it in as many parts as there are processes, whose gradients it accumulates. Speed: an architecture on random images that are on the GPU already, with a fused AdamW;
-the numbers of processes take turns, and figures are medians over the steps of all turns.
+SyncBatchNorm, and without it in as many parts as there are processes, whose gradients it accumulates. Speed: an
+architecture on random images that are on the GPU already, with a fused AdamW; the numbers of processes take turns, and
+figures are medians over the steps of all turns.
 """
 
 import json
