@@ -67,6 +67,5 @@ def global_average(
     image: Tensor,  # 4D or 5D
 ) -> Tensor:
     "Return the average of each channel, as `F.adaptive_avg_pool2d(image, 1)`, equal to the bit, forward and backward."
-    n = image.ndim - 1
-    pixels = image.permute(0, *range(2, n + 1), 1)  # less of Python than `movedim`, in models that have many of these
-    return pixels.mean(tuple(range(1, n)), keepdim=True).permute(0, n, *range(1, n))
+    pixels = image.movedim(1, -1)
+    return pixels.mean(tuple(range(1, image.ndim - 1)), keepdim=True).movedim(-1, 1)

@@ -37,8 +37,9 @@ def keep_channels_last(
 
     These are PyTorch's own, and subclasses that leave `forward` alone, each where it loses the format on this device
     with this PyTorch: PixelShuffle, PixelUnshuffle and ChannelShuffle; padding by reflection, replication and circular,
-    in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever. On CUDA, the last
-    layers of fastai's U-Net compute in half precision with a multiple of 8 channels, the added ones being zeros.
+    in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever. On CUDA, where the
+    last layers of fastai's U-Net compute in half precision, they do so with a multiple of 8 channels, the added ones
+    being zeros, and equal to rounding; but not if they have hooks, which would see these channels.
 
     Put it around training, a compiled model's too. What is printed, saved, pickled and copied inside, classes and hooks
     are as without it. Scripts, and a model in `nn.DataParallel`, run as they are. A Learner that trains in channels
@@ -60,20 +61,17 @@ def keep_channels_last(
 def is_swapped(
     module: nn.Module,
 ) -> bool:
-    "Whether `module` itself computes in another form at the moment."
-    return _runs(module, SWAPS)
+    "Whether `module` computes at the moment in the form of its class in `SWAPS`, on views of the memory."
+    forward = getattr(vars(module).get("forward"), "__func__", None)
+    return any(forward is swap.forward for swap in SWAPS)
 
 
 def swapped_classes(
     model: nn.Module,
 ) -> dict[str, int]:
     "The classes of the modules of `model` that compute in another form at the moment, with how many there are of each."
-    return dict(Counter(type(module).__name__ for module in model.modules() if _runs(module, [*SWAPS, *MODEL_SWAPS])))
-
-
-def _runs(module: nn.Module, swaps: "list[Swap]") -> bool:
-    forward = getattr(vars(module).get("forward"), "__func__", None)
-    return any(forward is swap.forward for swap in swaps)
+    states = [(type(module).__name__, vars(module).get("__getstate__")) for module in model.modules()]
+    return dict(Counter(name for name, state in states if getattr(state, "__func__", None) is _own_state))
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:
@@ -91,14 +89,22 @@ def _due(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
         swap = _swap_of(module)
         if swap is not None and swap.is_due(module, device):
             yield module, swap.forward
+    for parts in PARTS:
+        yield from parts(model, device)
 
 
 def _swap_of(module: nn.Module) -> "Swap | None":
     cls = type(module)
-    if "forward" in vars(module) or any(getattr(cls, name, None) is not _own(name) for name in _COPYING):
+    if not is_free(module):
         return None
-    swaps = [*SWAPS, *MODEL_SWAPS]
-    return next((swap for swap in swaps if issubclass(cls, swap.cls) and cls.forward is swap.cls.forward), None)
+    return next((swap for swap in SWAPS if issubclass(cls, swap.cls) and cls.forward is swap.cls.forward), None)
+
+
+def is_free(
+    module: nn.Module,
+) -> bool:
+    "Whether `module` has no `forward` of its own beside its class's, and is copied and pickled as all modules are."
+    return "forward" not in vars(module) and all(getattr(type(module), name, None) is _own(name) for name in _COPYING)
 
 
 def _own(name: str) -> Any:
@@ -238,4 +244,5 @@ SWAPS = [
     Swap(nn.AdaptiveAvgPool2d, _global_average, ("output_size",), _globally),
     Swap(nn.AdaptiveAvgPool3d, _global_average, ("output_size",), _globally),
 ]
-MODEL_SWAPS: list[Swap] = []  # of whole models, from the rooms that know other libraries
+# From the rooms that know other libraries: what finds modules of a model, and yields each with its `forward`
+PARTS: list[Callable[[nn.Module, torch.device], Iterator[tuple[nn.Module, Callable]]]] = []

@@ -558,8 +558,10 @@ def test_summary_traces_the_model_with_swaps_and_names_them(loses):
         summary = format_summary(model, images)
     assert summary.swapped == SWAPPED
     assert summary.events == [] and summary.hints == [] and summary.channels_last_share == 1
-    words = "Computed in a form with the same values that keeps channels last: 1 CircularPad2d, 1 GLU,"
-    assert words in flat(summary) and words in summary._repr_html_()
+    words = "Computed in another form with the same values, see `keep_channels_last`: 1 CircularPad2d, 1 GLU,"
+    assert words in flat(summary) and words.replace("`keep_channels_last`", "<code>keep_channels_last</code>") in (
+        summary._repr_html_()
+    )
     assert {layer.cls for layer in summary.layers} == {*SWAPPED, "Conv2d", "BatchNorm2d"}
     assert all(
         layer.share(phase) == 1 for layer in summary.layers for phase in ("forward", "backward") if layer.share(phase)
@@ -581,7 +583,7 @@ def test_summary_counts_the_modules_of_a_class(loses):
     with keep_channels_last(module_to_memory_format(model)):
         summary = format_summary(model, images)
     assert summary.swapped == {"PixelShuffle": 2, "ReplicationPad2d": 1}
-    assert "keeps channels last: 2 PixelShuffle, 1 ReplicationPad2d." in flat(summary)
+    assert "`keep_channels_last`: 2 PixelShuffle, 1 ReplicationPad2d." in flat(summary)
 
 
 # fastai's tensor subclasses, compiled

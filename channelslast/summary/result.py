@@ -126,7 +126,7 @@ class FormatSummary:
         notes = [f"Hint: {hint}." for hint in self.hints]
         if self.swapped:
             named = ", ".join(f"{count} {cls}" for cls, count in self.swapped.items())
-            notes.insert(0, f"Computed in a form with the same values that keeps channels last: {named}.")
+            notes.insert(0, f"Computed in another form with the same values, see `keep_channels_last`: {named}.")
         if self.padded_convs and self.device.startswith("cuda"):  # cuDNN's
             named = [f"{quoted(name)} ({c_in} to {c_out})" for name, (c_in, c_out) in self.padded_convs.items()]
             more = f", and {len(named) - 8} more" if len(named) > 8 else ""
