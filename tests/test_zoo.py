@@ -1,5 +1,8 @@
 "The architectures of three libraries, data for them, and what the options of scripts mean."
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -11,6 +14,7 @@ from channelslast.zoo import (
     check_arch,
     check_positive,
     choose_amp_mode,
+    compile_caches,
     default_size,
     find_device,
     image_folder,
@@ -93,3 +97,16 @@ def test_what_we_compare_with_is_fastais_own():
     added = learn.cbs[-2:]
     assert [cb.name for cb in added] == ["channels_last", "mixed_precision"]
     assert not any(isinstance(cb, (callback.ChannelsLast, precision.MixedPrecision)) for cb in added)
+
+
+def test_compiled_code_is_kept_in_the_folder_named_or_in_one_that_goes(tmp_path, monkeypatch):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    monkeypatch.setenv(names[0], "users")
+    monkeypatch.delenv(names[1], raising=False)
+    with compile_caches(tmp_path):
+        assert [os.environ[name] for name in names] == [str(tmp_path), f"{tmp_path}/triton"]
+    with compile_caches():
+        empty = Path(os.environ[names[0]])
+        assert empty != tmp_path and not list(empty.iterdir()) and Path(os.environ[names[1]]).parent == empty
+    assert not empty.exists() and tmp_path.exists()
+    assert os.environ[names[0]] == "users" and names[1] not in os.environ

@@ -18,7 +18,14 @@ from channelslast.zoo.data import (
     synthetic_loss,
 )
 from channelslast.zoo.learners import OPTIMIZERS, fastais_own, fused_adamw, new_learner, to_fastai_channelslast
-from channelslast.zoo.options import IllegalValue, add_format_options, check_positive, choose_amp_mode, find_device
+from channelslast.zoo.options import (
+    IllegalValue,
+    add_format_options,
+    check_positive,
+    choose_amp_mode,
+    compile_caches,
+    find_device,
+)
 
 __all__ = [
     "IllegalValue",
@@ -44,4 +51,5 @@ __all__ = [
     "find_device",
     "choose_amp_mode",
     "check_positive",
+    "compile_caches",
 ]

@@ -1,11 +1,16 @@
 "What the options of a command or a training script mean: its device, its precision, its numbers."
 
+import tempfile
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
 from fastai.torch_core import default_device
+from fastcore.xtras import modified_env
 
 from channelslast.devices import accelerated_dtypes, amp_mode_of
 
@@ -72,3 +77,15 @@ def check_positive(
     for name, value in numbers.items():
         if value is not None and not 0 < value < inf:
             raise IllegalValue(name, value, "pass a number above 0")
+
+
+@contextmanager
+def compile_caches(
+    folder: Path | None = None,  # None: an empty one, removed afterwards, as of a user who compiles for the first time
+) -> Iterator[None]:
+    "Have PyTorch keep compiled code in `folder` alone, and forget what this process has compiled."
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder or empty), "TRITON_CACHE_DIR": f"{folder or empty}/triton"}
+        torch.compiler.reset()
+        with modified_env(**caches):
+            yield

@@ -8,17 +8,17 @@
 Each architecture is searched once, as a user would, with fastai's default Adam; fastai's own is timed in the same
 rounds. The file is named for the device and the setting, in `--folder`. The same command goes on where it ended. What
 fails becomes a row with the reason; what ends the process is told by the next run, from a file that names what ran.
+With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
+the speeds are the same, `search_s` is without the compiler's time then, and the row's command says so.
 """
 
 import argparse
 import csv
 import gc
 import json
-import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 import warnings
 from math import isnan
@@ -35,7 +35,7 @@ from channelslast.devices import device_name
 from channelslast.find.errors import in_one_line
 from channelslast.find.run import find_format
 from channelslast.find.stages import new_stages
-from channelslast.zoo import arch_names, choose_amp_mode, fastais_own, new_learner
+from channelslast.zoo import arch_names, choose_amp_mode, compile_caches, fastais_own, new_learner
 from channelslast.zoo.architectures import torchvision_kind
 
 # By the images in a batch of typical use
@@ -104,9 +104,6 @@ def layout_share(learn: Learner, device: torch.device) -> float | None:
 
 def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     "Return the columns that are measured."
-    torch.compiler.reset()
-    cache = tempfile.mkdtemp()  # cold, as a user's
-    os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = cache, f"{cache}/triton"
     learn = new_learner(arch, bs, args.size or SIZES.get(arch), device)
     learn.remove_cb(ProgressCallback)
     own = fastais_own(args.amp_mode)
@@ -203,7 +200,8 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
         row = facts_of(arch, bs, command, device)
         running.write_text(json.dumps(row))
         try:
-            row |= measure(arch, bs, args, device)
+            with compile_caches(args.caches):
+                row |= measure(arch, bs, args, device)
         except Exception as error:
             row["error"] = in_one_line(error)
         append(file, row)
@@ -225,6 +223,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="search with compile=True")
     parser.add_argument("--amp-mode", help="of fastai's own: fp16, bf16; default: what the device is fastest at")
     parser.add_argument("--each", type=float, help="seconds of a search; default: that of `to_fastest`")
+    parser.add_argument("--caches", type=Path, help="keep what is compiled here; default: nowhere, each compiles anew")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no search begins")
     parser.add_argument("--retry", action="store_true", help="measure again what has failed")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "atlas", help="where the CSVs lie")

@@ -12,11 +12,9 @@ left out; the same command with the same `--out` goes on with it.
 import argparse
 import gc
 import json
-import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -32,7 +30,7 @@ from channelslast.find.result import FormatTimings
 from channelslast.find.run import find_format
 from channelslast.find.stages import fixed_stage
 from channelslast.fit import FitDone
-from channelslast.zoo import OPTIMIZERS, fastais_own, new_learner
+from channelslast.zoo import OPTIMIZERS, compile_caches, fastais_own, new_learner
 
 ARCHS = {"resnet18": 32, "resnet34": 64, "resnet50": 64, "convnext_tiny": 32, "efficientnet_b0": 32, "DynamicUnet": 8}
 
@@ -48,9 +46,6 @@ class TwoSteps(Callback):
 
 
 def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
-    torch.compiler.reset()
-    cache = tempfile.mkdtemp()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = cache, f"{cache}/triton"
     bs = args.bs or ARCHS[arch]
     learn = new_learner(arch, bs, args.size, device, OPTIMIZERS[args.opt])
     learn.remove_cb(ProgressCallback)
@@ -108,7 +103,8 @@ def main() -> None:
         if any(result["arch"] == arch for result in results) or time.perf_counter() - started > args.seconds:
             continue
         try:
-            results.append(measure(arch, args, device))
+            with compile_caches():
+                results.append(measure(arch, args, device))
         except Exception as error:
             print(arch, repr(error)[:300], flush=True)
             results.append({"arch": arch, "error": repr(error)[:300]})
