@@ -33,6 +33,8 @@ setup(
         f"Natural Language :: {settings['language']}",
         "Programming Language :: Python :: 3",
     ],
+    # Then an editable install is a path: a folder of this name beside a script, as a clone, does not hide the package
+    package_dir={"": "."},
     packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
     package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",

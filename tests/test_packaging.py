@@ -67,3 +67,18 @@ def test_metadata_is_that_of_settings_ini(wheel):
     assert metadata["Requires-Python"] == f">={settings['min_python']}"
     required = [line for line in metadata.get_all("Requires-Dist") if "extra" not in line]
     assert sorted(required) == sorted(settings["requirements"].split())
+
+
+def test_clone_beside_a_script_does_not_hide_the_package(tmp_path):
+    "A folder of that name would be a namespace package, found before what an import hook knows."
+    source = clean_copy(tmp_path)
+    clone = source.rename(tmp_path / "channelslast")
+    build = "from setuptools import build_meta; print(build_meta.build_editable('..'))"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    find = "import site, sys; from importlib.util import find_spec; site.addsitedir(sys.argv[1])"
+    find += "; print(find_spec('channelslast').origin)"
+    command = [sys.executable, "-S", "-E", "-c", find, tmp_path / "site"]
+    found = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert Path(found.strip()) == clone / "channelslast" / "__init__.py"
