@@ -397,6 +397,15 @@ def test_cost_that_comes_every_third_step_counts(new_learner, clock, plain_cpu, 
     assert timings.best == CONTIGUOUS
 
 
+def test_long_steps_are_not_given_up_for_one_that_was_held_up(new_learner, clock, plain_cpu):
+    class HeldUp(Callback):
+        def after_batch(self):
+            clock.tick(11.0 if self.learn.train_format == LAST and self.iter == 3 else 1.0)
+
+    timings = new_learner(lambda: TimedNet(clock), cbs=HeldUp()).format_find([CONTIGUOUS, LAST], False, budget=200)
+    assert timings.row(LAST).note is None and len(timings.row(LAST).samples) > 2
+
+
 def test_short_rounds_have_enough_steps_for_what_comes_every_third(new_learner, clock, plain_cpu, many_rounds):
     class Slow(Callback):
         def after_batch(self):
@@ -407,7 +416,7 @@ def test_short_rounds_have_enough_steps_for_what_comes_every_third(new_learner, 
     assert all(row.ms > 100 for row in timings if not row.note)
 
 
-def test_step_rate_is_a_mean_as_the_data_rate_is(new_learner, clock, plain_cpu, many_rounds):
+def test_step_rate_is_that_of_the_median_step(new_learner, clock, plain_cpu, many_rounds):
     class SometimesSlow(TimedNet):
         def forward(self, x):
             clock.tick(1.0 if clock.now % 10 > 7 else 0.0)  # as a machine that others use
@@ -415,7 +424,7 @@ def test_step_rate_is_a_mean_as_the_data_rate_is(new_learner, clock, plain_cpu, 
 
     timings = new_learner(lambda: SometimesSlow(clock)).format_find(show_plot=False, budget=90)
     row = max(timings, key=lambda row: np.mean(row.samples) / row.ms)
-    assert row.items_per_s == pytest.approx(8000 / np.mean(row.samples)) and np.mean(row.samples) > 1.1 * row.ms
+    assert row.items_per_s == pytest.approx(8000 / row.ms) and np.mean(row.samples) > 1.1 * row.ms
 
 
 @pytest.mark.parametrize("seconds_a_batch, limit", [(1.0, "data"), (1e-3, "device")])
@@ -1105,7 +1114,7 @@ def test_budget_that_ends_with_the_first_step(timed, clock, assert_unchanged):
     check = assert_unchanged(timed)
     timings = timed.format_find(budget=1e-3, show_plot=False)
     check()
-    assert timings[0].samples == [] and "1 steps, the time was up" in timings[0].note and clock.now < 0.1
+    assert timings[0].samples == [] and "1 step, the time was up" == timings[0].note and clock.now < 0.1
     assert "limits it" not in timings.verdict
     assert all(row.error == "not reached in 0.001 seconds" and not row.is_tried for row in timings[1:])
     assert timings.best == CONTIGUOUS and "no time to compare" in timings.verdict

@@ -44,6 +44,8 @@ def test_a_row_is_the_median_and_the_quartiles_of_its_samples():
     assert (row.ms, row.iqr) == (3.0, 2.0)
     failed = FormatTiming(LAST, error="no")
     assert isnan(failed.ms) and isnan(failed.iqr)
+    single = FormatTiming(LAST, [4.0])
+    assert single.ms == 4 and isnan(single.iqr)  # it says nothing of the noise
 
 
 def test_it_is_a_sequence_of_rows_in_the_order_of_the_candidates(timings):
@@ -149,6 +151,19 @@ def test_gain_of_the_format_alone_is_between_twins(timings):
     assert graph.best.cuda_graph and graph.format_gain == 2  # of the eager ones
 
 
+def test_gain_of_the_format_within_the_noise_is_called_that():
+    noisy = new_timings({CONTIGUOUS: [40, 50, 40, 50], LAST: [50, 40, 39, 49]})
+    assert "(channels last against contiguous, fp32, within the noise)" in noisy.verdict
+
+
+@pytest.mark.parametrize("n_steps, is_told", [(1, False), (2, False), (3, True)])
+def test_gain_of_the_format_is_not_told_of_one_step_that_was_held_up(n_steps, is_told):
+    timings = new_timings({CONTIGUOUS: [400] * n_steps, LAST: around(40)}, start=LAST)
+    timings[0].note = "10 times the fastest"
+    words = "The format alone gives 10.00 times (channels last against contiguous, fp32, in a few steps)."
+    assert (words in timings.verdict) is is_told and (timings.format_gain is not None) is is_told
+
+
 @pytest.mark.parametrize("twin", [{}, {CONTIGUOUS_BF16: "out of memory"}])
 def test_gain_of_the_format_is_unknown_without_a_twin(twin):
     timings = new_timings({CONTIGUOUS: around(40), LAST_BF16: around(20), **twin})
@@ -220,6 +235,8 @@ def test_without_the_own_format_nothing_is_chosen(is_tried):
     assert timings.best == CONTIGUOUS and "there was no time to compare it with others" in timings.verdict
     assert "larger `budget`" in timings.verdict
     plt.close(timings.plot().figure)
+    timings.before_rounds_s = 20.0
+    assert f", `budget={'25' if is_tried else '24'}` may do." in timings.verdict  # ten rounds of what is known
 
 
 def test_slow_data_are_told_first(timings):

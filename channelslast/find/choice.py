@@ -4,9 +4,9 @@ from channelslast.find.evidence import LEVEL, is_proved_faster
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
-__all__ = ["choose_row", "changes", "is_comparable", "level_of"]
+__all__ = ["AMONG_FASTER", "choose_row", "changes", "is_comparable", "level_of"]
 
-_LEVEL_AMONG_FASTER = 0.05  # of the test between formats that are all faster than what the Learner had
+AMONG_FASTER = 0.05  # of the test between formats that are all faster than what the Learner had
 
 
 def choose_row(
@@ -29,7 +29,7 @@ def choose_row(
     if not able:
         return start
     fastest = min(able, key=lambda row: row.ms)
-    equal = [row for row in able if not is_proved_faster(fastest.samples, row.samples, _LEVEL_AMONG_FASTER)]
+    equal = [row for row in able if not is_proved_faster(fastest.samples, row.samples, AMONG_FASTER)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
 
 

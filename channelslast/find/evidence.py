@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import t, ttest_rel
 
-__all__ = ["LEVEL", "FLOOR", "MOST_ROUNDS", "is_proved_faster", "n_rounds_to_prove"]
+__all__ = ["LEVEL", "FLOOR", "N_ROUNDS", "MOST_ROUNDS", "is_proved_faster", "n_rounds_to_prove"]
 
 LEVEL = 0.025  # the chance of a wrong choice, of all candidates together, where all are equal
 FLOOR = 1.01  # times as fast: who gains less gains nothing
+N_ROUNDS = 10  # as many as prove a small gain; a budget that is named buys more
 MOST_ROUNDS = 40  # that a search makes
 
 

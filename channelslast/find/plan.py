@@ -5,9 +5,8 @@ from math import ceil
 import torch
 
 from channelslast.find.candidates import Candidate
-from channelslast.find.evidence import MOST_ROUNDS
+from channelslast.find.evidence import MOST_ROUNDS, N_ROUNDS
 
-N_ROUNDS = 10  # as many as prove a small gain; a budget that is named buys more
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
 MIN_ROUNDS = 3  # fewer prove nothing but a very large gain

@@ -2,7 +2,6 @@
 
 import os
 import re
-import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -14,17 +13,18 @@ from math import inf, isnan, nan
 import pandas as pd
 from matplotlib.axes import Axes
 
-from channelslast.find.choice import changes, choose_row, is_comparable, level_of
+from channelslast.find.choice import AMONG_FASTER, changes, choose_row, is_comparable, level_of
 from channelslast.find.errors import shorten
-from channelslast.find.evidence import FLOOR, n_rounds_to_prove
+from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.picture import picture_size, plot_bars
-from channelslast.find.timing import FormatTiming
+from channelslast.find.timing import FormatTiming, in_steps
 from channelslast.formats import TrainFormat
 from channelslast.notebook import cell, image_html, show
 
 __all__ = ["FormatTimings"]
 
 _BUSY = 0.9  # of the step: above, the GPU is what limits it
+_FEW = 3  # steps outside of the rounds that tell what the format gives
 _MUCH_OPTIMIZER = 1 / 3  # of the step: above, the optimizer is what limits it
 _NUMBERS = {
     "ms": "{:.2f}",
@@ -97,7 +97,10 @@ class FormatTimings(Sequence):
 
     @property
     def format_gain(self) -> float | None:
-        "How many times as fast as contiguous channels last is, all else as in `best`; None where that was not timed."
+        """How many times as fast as contiguous channels last is, all else as in `best`.
+
+        None where one of both was not timed, or in fewer than three steps outside of the rounds.
+        """
         twins = self._twins()
         return None if twins is None else twins[0].ms / twins[1].ms
 
@@ -106,7 +109,10 @@ class FormatTimings(Sequence):
         eager = replace(self.best, compile=None, cuda_graph=False)
         for fmt in (self.best, eager, replace(eager, fused_optimizer=self.start.fused_optimizer)):
             first, last = (self.row(replace(fmt, channels_last=channels_last)) for channels_last in (False, True))
-            if first is not None and last is not None and first.samples and last.samples:
+            if all(
+                row is not None and not row.error and len(row.samples) >= (_FEW if row.note else 1)
+                for row in (first, last)
+            ):
                 return first, last
         return None
 
@@ -180,11 +186,14 @@ class FormatTimings(Sequence):
         n_rounds: int | None,  # that would tell; None: as many as a search makes
     ) -> str:
         "What more time would do, where that is known."
-        if n_rounds is None:
-            return ", pass a larger `budget`"
-        if isnan(self.round_s) or isnan(self.before_rounds_s):
+        round_s = self.round_s
+        if n_rounds is None:  # there was none: about a step of each, after one that is not timed
+            n_rounds, round_s = N_ROUNDS, 2 * sum(row.ms for row in self.rows if row.samples and not row.error) / 1000
+            if isnan(self.before_rounds_s):
+                return ", pass a larger `budget`"
+        if isnan(round_s) or isnan(self.before_rounds_s):
             return f", {n_rounds} would do"
-        seconds = 1.2 * (self.before_rounds_s + n_rounds * self.round_s)
+        seconds = 1.2 * (self.before_rounds_s + n_rounds * round_s)
         return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
     def _limit_words(self) -> str:
@@ -207,8 +216,15 @@ class FormatTimings(Sequence):
         twins = self._twins()
         if twins is None:
             return ""
-        rest = str(twins[0].format).removeprefix("contiguous ")
-        return f"The format alone gives {self.format_gain:.2f} times (channels last against contiguous, {rest})."
+        first, last = twins
+        rest = str(first.format).removeprefix("contiguous ")
+        words = f"channels last against contiguous, {rest}"
+        pairs = (first.samples, last.samples), (last.samples, first.samples)
+        if first.note or last.note:
+            words += ", in a few steps"
+        elif not any(is_proved_faster(*pair, AMONG_FASTER) for pair in pairs):
+            words += ", within the noise"
+        return f"The format alone gives {self.format_gain:.2f} times ({words})."
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."
@@ -274,8 +290,7 @@ class FormatTimings(Sequence):
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max((len(row.samples) for row in self.rows if is_comparable(row)), default=0)
-        steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
-        rounds = f"{n_rounds} rounds of {steps} each" if n_rounds else "no time for rounds"
+        rounds = f"{n_rounds} rounds of {in_steps(self.n_steps)} each" if n_rounds else "no time for rounds"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {rounds}"
 
     def _table(
@@ -322,4 +337,4 @@ class FormatTimings(Sequence):
     def _data_ms(self) -> float:
         "Milliseconds in which the DataLoader yields what one step trains on."
         best = self.best_row
-        return statistics.fmean(best.samples) * best.items_per_s / self.data_items_per_s if best.samples else 0.0
+        return best.ms * best.items_per_s / self.data_items_per_s if best.samples else 0.0

@@ -22,6 +22,7 @@ from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is
 from channelslast.find.result import FormatTimings
 from channelslast.find.stages import HOPELESS, Stage, able, can_be_fused, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
+from channelslast.find.timing import in_steps
 from channelslast.formats import TrainFormat, uncompiled
 from channelslast.summary.gpu import busy_seconds
 
@@ -128,11 +129,12 @@ class Search:
         decide = self.processes.decide_together
         steady_ms = [decide(max, ms) for ms in steps.read_steady_ms()]
         all_ms = steps.clock.read_ms()
-        candidate.step_s = decide(max, statistics.median(steady_ms or all_ms) / 1000)
+        ms = steady_ms or all_ms
+        candidate.step_s = decide(max, (statistics.median(ms) if len(ms) > 2 else min(ms)) / 1000)
         candidate.first_steps_s = decide(max, max(0.0, took - len(steady_ms) * candidate.step_s))
         candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
-        candidate.row.note = f"{steps.n_steps} steps, the time was up" if steps.is_cut else None
+        candidate.row.note = f"{in_steps(steps.n_steps)}, the time was up" if steps.is_cut else None
         if self.device.type == "cuda" and candidate.is_eager:
             self.budget.first_steps += candidate.first_steps_s
         self.shapes = steps.shapes
@@ -168,7 +170,7 @@ class Search:
             if candidate.is_needed or candidate.step_s <= HOPELESS * best_s:
                 finalists.append(candidate)
             else:
-                row.note = f"{len(row.samples)} steps: {candidate.step_s / best_s:.1f} times the fastest"
+                row.note = f"{in_steps(len(row.samples))}: {candidate.step_s / best_s:.1f} times the fastest"
         return finalists
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
@@ -177,7 +179,7 @@ class Search:
         self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
         timed, left_out = split_by_time(finalists, left, self.device)
         for candidate in left_out:
-            candidate.row.note = f"{len(candidate.row.samples)} steps, no time for rounds"
+            candidate.row.note = f"{in_steps(len(candidate.row.samples))}, no time for rounds"
         if not timed:
             return
         finalists = timed
@@ -228,7 +230,7 @@ class Search:
     def finish(self) -> FormatTimings:
         "Measure what limits the best candidate, and return the result."
         for row in [candidate.row for candidate in self.candidates]:
-            row.items_per_s = 1000 * self.n_items / statistics.fmean(row.samples) if row.samples else nan
+            row.items_per_s = 1000 * self.n_items / row.ms
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
             start=self.start,

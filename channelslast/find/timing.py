@@ -9,7 +9,7 @@ import numpy as np
 
 from channelslast.formats import TrainFormat
 
-__all__ = ["FormatTiming"]
+__all__ = ["FormatTiming", "in_steps"]
 
 
 @dataclass
@@ -18,7 +18,7 @@ class FormatTiming:
 
     format: TrainFormat
     samples: list[float] = field(default_factory=list, repr=False)  # milliseconds a step, in the mean of each round
-    items_per_s: float = nan  # images, or what else a batch holds, in the mean of all rounds; of all processes
+    items_per_s: float = nan  # images, or what else a batch holds, at `ms` a step; of all processes
     speedup: float = nan  # against the format that the Learner had; its FormatTimings sets it
     peak_bytes: int | None = None  # of GPU memory allocated in a step (CUDA); what CUDA graphs hold is not known
     warmup_s: float = nan  # seconds until the step was steady: compilation, and cuDNN's search for algorithms
@@ -33,8 +33,15 @@ class FormatTiming:
 
     @property
     def iqr(self) -> float:
-        "Interquartile range of the rounds, in milliseconds."
-        return _iqr(self.samples) if self.samples else nan
+        "Interquartile range of the rounds, in milliseconds; nan for fewer than two."
+        return _iqr(self.samples) if len(self.samples) > 1 else nan
+
+
+def in_steps(
+    n: int,
+) -> str:
+    "Return '1 step', '2 steps' and so on."
+    return f"{n} step{'' if n == 1 else 's'}"
 
 
 def _iqr(samples: Sequence[float]) -> float:
