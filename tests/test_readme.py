@@ -79,6 +79,9 @@ def test_figures_of_the_first_page_are_those_of_the_record():
     known = {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}", str(min(sizes)), str(max(sizes))}
     known |= {settings["min_python"], *re.findall(r"[\d.]+", settings["requirements"])}
     known |= {"1,797", "2.0"}  # scikit-learn's digits, the licence
+    plain = [again_ms(result, result["search"]["start"]) / again_ms(result, result["pick"]) for result in results]
+    cpu = record("cpu_fastest")["results"]
+    known |= {f"{statistics.geometric_mean(plain):.1f}", *(f"{result['times_fastais_own']:.1f}" for result in cpu)}
     unet = record("h200_swaps_unet")["results"]["DynamicUnet resnet34 32"]
     known |= {str(unet["bs"]), *(f"{unet['rows'][name]['busy_ms']:.0f}" for name in ("fastai's own", "swaps"))}
     for page in FRONT:
@@ -86,6 +89,18 @@ def test_figures_of_the_first_page_are_those_of_the_record():
         assert {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}"} <= set(figures(page))
     assert len(results) == 6 and "six architectures" in FRONT[0].read_text()
     assert all("compiled" not in result["pick"] for result in results)
+
+
+def again_ms(result, fmt):
+    "The milliseconds of a format of that name, timed beside all others after the search."
+    return next(row["ms"] for row in result["again"] if row["format"] == fmt)
+
+
+def test_figures_of_the_slower_machine_are_those_of_the_record():
+    times = [result["times_fastais_own"] for result in record("h200_fastest_slower_cpu")["results"]]
+    words = f"five of these trained {statistics.geometric_mean(times):.1f} times as fast as with fastai's own "
+    words += f"({min(times):.1f} to {max(times):.1f};"
+    assert len(times) == 5 and words in " ".join(prose(SITE / "atlas.md").split())
 
 
 def test_figures_against_the_built_in_are_those_of_the_records():

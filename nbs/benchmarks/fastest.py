@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -64,8 +63,7 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     learn.to_format(timings.best)
     with suppress(FitDone):
         learn.fit(1, 0, cbs=TwoSteps())
-    record = {"arch": arch, "bs": bs, "date": str(date.today())}
-    record |= {"seconds": round(seconds, 1), "pick": str(timings.best)}
+    record = {"arch": arch, "bs": bs, "seconds": round(seconds, 1), "pick": str(timings.best)}
     record["ready_s"] = round(time.perf_counter() - started, 1)
     is_compared = own.row.samples and not own.row.error
     record["times_fastais_own"] = round(own.row.ms / best.ms, 3) if is_compared else None
@@ -104,14 +102,16 @@ def main() -> None:
             continue
         try:
             with compile_caches():
-                results.append(measure(arch, args, device))
+                result = measure(arch, args, device)
         except Exception as error:
             print(arch, repr(error)[:300], flush=True)
-            results.append({"arch": arch, "error": repr(error)[:300]})
+            result = {"arch": arch, "error": repr(error)[:300]}
+        made = made_with(command, device)
+        results.append(result | {"made_with": made})  # a file may hold results of several runs
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        record = {**made_with(command, device), "results": results}
+        record = {**made, "results": results}
         for key in ("times_fastais_own", "times_without_compiling"):
             if times := [result[key] for result in results if result.get(key)]:
                 record[f"geometric_mean_{key}"] = round(statistics.geometric_mean(times), 3)

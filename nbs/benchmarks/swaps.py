@@ -78,7 +78,8 @@ class Record:
         return name not in self.results and time.monotonic() < self.end
 
     def add(self, name: str, result: dict) -> None:
-        self.results[name] = result
+        made = {key: self.facts[key] for key in ("command", "date", "cpu")}
+        self.results[name] = {**result, "made_with": made}  # a file may hold results of several runs
         print(f"{name:44}", *(f"{key} {value}" for key, value in result.items()), flush=True)
         self.write({})
 
