@@ -63,7 +63,7 @@ class _Call:
     grads: list[Tensor] = field(default_factory=list)
     averages: tuple[list[Tensor], ...] = ()
     count: float = 0.0  # steps made when this was made
-    steps: list[Tensor] = field(default_factory=list)  # made so far, of each parameter, on the device
+    steps: list[Tensor] = field(default_factory=list)  # made so far, on the device: of all, or of each parameter
 
 
 def _adam(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple_wd: bool) -> None:
@@ -84,7 +84,7 @@ def _adam(call: _Call, hyper: dict[str, Any], found_inf: Tensor | None, decouple
     }
     found_inf = found_inf if found_inf is None else found_inf.to(device)
     if not call.steps:
-        n = len(call.params) if kernel is None else 1  # the kernel reads one count for all
+        n = len(call.params) if kernel is None else 1  # the kernel reads a count for each, which may be the same
         call.steps = [torch.full((1,), call.count, dtype=torch.float32, device=device) for _ in range(n)]
     if kernel is None:
         (adamw if decouple_wd else adam)(*tensors, call.steps, fused=True, found_inf=found_inf, **options)

@@ -442,7 +442,7 @@ def test_memory_is_given_back():
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="a PyTorch without CUDA")
 def test_pytorch_clears_workspaces_for_us():
-    assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "see `_own_workspaces` in graphs/capture.py"
+    assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "see `_clear_workspaces` in graphs/capture.py"
 
 
 @pytest.mark.cuda

@@ -59,18 +59,20 @@ class Graph:
     def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], pool: Any):
         params = [param for param in module.parameters() if param.requires_grad]
         static = tuple(tensor.detach().clone() for tensor in inputs)
-        # No warm-up of PyTorch's, but `_warm_up`: it makes workspaces in streams that nothing else uses
+        # No warm-up of PyTorch's, but `_warm_up`: it makes workspaces in streams that nothing else uses.
+        # (ROCm, where this has not been run, may want a warm-up in the stream of the capture.)
         options = {"num_warmup_iters": 0, "allow_unused_input": True, "pool": pool}
         if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
             options["capture_error_mode"] = "thread_local"  # a thread that pins batches in memory may go on
         _renew_accumulators(params)
         try:
-            with _uncached_autocast(), _own_workspaces(), warnings.catch_warnings():
+            with _uncached_autocast(), warnings.catch_warnings():
                 # that streams wait for one another in the backward pass: here they do so at the capture alone
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
                 self.callable = torch.cuda.make_graphed_callables(_Body(module), static, **options)
         finally:
             _renew_accumulators(params)
+            _clear_workspaces()
         outputs = [output for output in tensors_in(self.callable(*inputs)) if output.requires_grad]
         zeros = [torch.zeros_like(output) for output in outputs]
         # A backward pass returns the gradients where each replay will write them: remember the addresses
@@ -90,20 +92,15 @@ class Graph:
         return map_tensors(lambda tensor: next(copies), output)
 
 
-@contextmanager
-def _own_workspaces() -> Iterator[None]:
-    """Have cuBLAS take workspaces of a capture from the memory of its graph, and keep none of them.
+def _clear_workspaces() -> None:
+    """Have cuBLAS give up its workspaces, of all threads and streams; the next call makes one.
 
     PyTorch before 2.15 keeps one (32 MB on a Hopper GPU) for each thread and stream, whichever graph's memory it is
-    from: another graph would use it after that one is freed (pytorch/pytorch#193402). PyTorch's own CUDA graphs of
-    compiled models clear them too. Without this private function there is more memory that is not given back.
+    from: another graph would use it after that one is freed (pytorch/pytorch#193402). So a capture begins without any,
+    to take them from the memory of its graph, and leaves none. PyTorch's own CUDA graphs of compiled models do so too.
+    Without this private function there is more memory that is not given back.
     """
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
-    clear()
-    try:
-        yield
-    finally:
-        clear()
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 def _renew_accumulators(params: list[Tensor]) -> None:
@@ -218,6 +215,7 @@ def _warm_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         _step(module, inputs)
     finally:
         _set_sync_debug_mode(mode)
+    _clear_workspaces()
     torch.cuda.empty_cache()  # else the capture, in a stream of its own, would have none of this memory
 
 

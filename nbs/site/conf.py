@@ -24,7 +24,6 @@ html_title = project
 extensions = ["myst_nb", "sphinx.ext.autodoc", "atlas", "docments"]
 include_patterns = ["index.md", "*.ipynb", "site/*.md"]
 nb_execution_mode = "off"  # the notebooks are committed with their outputs
-myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
