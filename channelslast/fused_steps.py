@@ -296,7 +296,7 @@ class Plan:
 
     def _pointers(self) -> list[int]:
         "Return where the tensors lie: one whose `data` was assigned is the same object elsewhere."
-        return [tensor.data_ptr() for tensor in self.tensors]
+        return list(map(Tensor.data_ptr, self.tensors))
 
     def _steps(self) -> list[Any]:
         return [state.get("step") for state in self.states] if self.form.counts_steps else []
