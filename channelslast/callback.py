@@ -67,11 +67,15 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
         if has_ndims:
             convert_learner(self.learn, channels_last=reliable)
         self.remove_hooks()  # those of a fit that was interrupted
-        if self.is_on and num_distrib() > 1:
-            self.hooks = [param.register_hook(partial(_as_in, param.stride())) for param in _ambiguous(self.model)]
+        self.keep_strides()
 
     def after_fit(self):
         self.remove_hooks()
+
+    def keep_strides(self):
+        "In distributed training, have hooks give gradients that may lie either way the strides of their parameters."
+        if self.is_on and num_distrib() > 1:
+            self.hooks = [param.register_hook(partial(_as_in, param.stride())) for param in _ambiguous(self.model)]
 
     def remove_hooks(self):
         "Take its hooks off the parameters."

@@ -26,24 +26,9 @@ from torch.optim.sgd import sgd
 
 from channelslast.devices import has_fused_steps
 from channelslast.memory_format import match_strides
-from channelslast.nested import are_same
+from channelslast.nested import are_same, foreach
 
-__all__ = ["Plan", "why_no_kernel", "names_of", "foreach"]
-
-
-def foreach(
-    name: str,  # of a method of tensors
-    tensors: list[Tensor],
-    *args: Any,  # of the method: lists of one for each tensor, or the same for all
-    **kwargs: Any,
-) -> Any:
-    "Call the method `name` of all `tensors`, in one kernel if PyTorch has one; return the results in a list."
-    function = getattr(torch, f"_foreach_{name}", None)
-    if function is not None:
-        return function(tensors, *args, **kwargs)
-    rows = zip(*[arg if isinstance(arg, list) else [arg] * len(tensors) for arg in (tensors, *args)])
-    return [getattr(tensor, name)(*others, **kwargs) for tensor, *others in rows]
-
+__all__ = ["Plan", "why_no_kernel", "names_of"]
 
 # The steps that have a kernel
 

@@ -1,4 +1,4 @@
-"The tensors in what a model takes and returns, nested in any way; and checks of types and of identity. PyTorch only."
+"Tensors nested in any way, and lists of them; checks of types and of identity. PyTorch only."
 
 import copy
 from array import array
@@ -7,9 +7,10 @@ from dataclasses import fields, is_dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["are_same", "check_type", "map_tensors", "tensors_in"]
+__all__ = ["are_same", "check_type", "foreach", "map_tensors", "tensors_in"]
 
 _ARRAYS = (array, bytearray, memoryview)  # sequences of numbers alone, which may be long
 
@@ -105,3 +106,17 @@ def check_type(
     if not isinstance(value, cls):
         legal = "True or False" if cls is bool else f"a {cls.__name__}"
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass {legal}")
+
+
+def foreach(
+    name: str,  # of a method of tensors
+    tensors: list[Tensor],
+    *args: Any,  # of the method: lists of one for each tensor, or the same for all
+    **kwargs: Any,
+) -> Any:
+    "Call the method `name` of all `tensors`, in one kernel if PyTorch has one; return the results in a list."
+    function = getattr(torch, f"_foreach_{name}", None)
+    if function is not None:
+        return function(tensors, *args, **kwargs)
+    rows = zip(*[arg if isinstance(arg, list) else [arg] * len(tensors) for arg in (tensors, *args)])
+    return [getattr(tensor, name)(*others, **kwargs) for tensor, *others in rows]

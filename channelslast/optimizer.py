@@ -10,8 +10,9 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from torch import Tensor, nn
 
+from channelslast.early_loss import EarlyLoss
 from channelslast.fit import LeanCallback
-from channelslast.fused_steps import Plan, foreach, names_of, why_no_kernel
+from channelslast.fused_steps import Plan, names_of, why_no_kernel
 from channelslast.fused_torch import (
     begin_momentum,
     reads_found_inf,
@@ -20,6 +21,7 @@ from channelslast.fused_torch import (
     why_no_fused_flag,
 )
 from channelslast.memory_format import with_wrapped
+from channelslast.nested import foreach
 
 __all__ = [
     "FusedOptimizer",
@@ -54,6 +56,12 @@ class FusedOptimizer(LeanCallback):
     def __init__(self):
         super().__init__()
         self.seen_opt = None
+        self.reads_loss = False
+        self.early_loss: EarlyLoss | None = None
+
+    def before_fit(self):
+        # else MixedPrecision does
+        self.reads_loss = not any(isinstance(cb, FastaiMixedPrecision) for cb in self.learn.cbs)
 
     def before_step(self):
         opt = self.learn.opt
@@ -67,11 +75,21 @@ class FusedOptimizer(LeanCallback):
         else:
             fuse(opt)
 
+    def before_backward(self):
+        if self.loss.is_cuda and self.reads_loss:
+            self.early_loss = EarlyLoss(self.learn)
+
+    def after_batch(self):
+        early_loss, self.early_loss = self.early_loss, None
+        if early_loss is not None:
+            early_loss.give(self.learn)
+
     def after_train(self):
         opt, self.seen_opt = self.seen_opt, None
         unfuse(opt)
 
     def after_exception(self, error: BaseException):
+        self.early_loss = None
         self.after_train()
 
 

@@ -11,12 +11,12 @@ from fastai.callback.core import Callback, CancelFitException, CancelStepExcepti
 from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 
 from channelslast.devices import AMPMode, amp_mode_of, autocast_dtype, to_amp_mode, training_device
+from channelslast.early_loss import EarlyLoss
 from channelslast.fit import FIT_GOES_ON, LeanCallback, drop_gradients
 from channelslast.memory_format import with_wrapped
 from channelslast.optimizer import found_inf_reader, give_found_inf
@@ -37,7 +37,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     # Not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
     entered = ()
-    loss_copy = None
+    early_loss: EarlyLoss | None = None
 
     __signature__ = None  # fastai's class has one; without it `inspect` shows that of this `__init__`
 
@@ -104,17 +104,19 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     def before_backward(self):
         super().before_backward()
-        self._start_copying_loss()
+        self.early_loss = EarlyLoss(self.learn) if self.loss.is_cuda else None
 
     def after_batch(self):
-        self._finish_copying_loss()
+        early_loss, self.early_loss = self.early_loss, None
+        if early_loss is not None:
+            early_loss.give(self.learn)
 
     def after_exception(self, error: BaseException):
         "Put back what only the rest of the batch would have."
         for _, state in reversed(self.entered):
             state.restore()
         self.entered = []
-        self.loss_copy = None
+        self.early_loss = None
         self._forget_found_inf()
         if self.training and not isinstance(error, (*FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None
@@ -157,26 +159,6 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
         found_inf = vars(self).get("found_inf")
         if found_inf is not None:
             give_found_inf(self.opt, found_inf)
-
-    def _start_copying_loss(self):
-        """Copy the loss to the CPU while the GPU goes on, for fastai's Recorder.
-
-        The Recorder reads it after the step, and would wait there until the GPU is done with everything. Not in
-        distributed training, where it gathers the loss on the GPUs.
-        """
-        self.loss_copy = None
-        if self.loss.is_cuda and num_distrib() <= 1:
-            copy = self.loss.detach().to("cpu", non_blocking=True)
-            self.loss_copy = self.loss, copy, torch.cuda.current_stream(self.loss.device).record_event()
-
-    def _finish_copying_loss(self):
-        "Wait for the copy, and let the Recorder read that."
-        if self.loss_copy is not None:
-            loss, copy, copied = self.loss_copy
-            self.loss_copy = None
-            if self.loss is loss:  # no callback has put another in its place
-                copied.synchronize()
-                self.learn.loss = copy
 
     def _forget_found_inf(self):
         for opt in with_wrapped(self.opt):

@@ -5,6 +5,8 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +19,14 @@ from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL  # and `Learner.distrib_ctx`
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import rank_distrib
 from torch import nn
 
 from channelslast.callback import ChannelsLast
 from channelslast.find import distributed, plan
 from channelslast.formats import TrainFormat
+from channelslast.graphs.replicas import Replicas
 from channelslast.memory_format import is_channels_last
 
 
@@ -159,6 +162,108 @@ def train(learn, path):
     }
 
 
+def shares(device):
+    "Whether `Replicas` give buffers and gradients the values that `DistributedDataParallel` does."
+    torch.manual_seed(rank_distrib())
+    wrapper = nn.parallel.DistributedDataParallel(new_model().to(device), device_ids=None)
+    replicas, images = Replicas(wrapper), torch.randn(4, 3, 8, 8, device=device)
+    buffers = [buffer for buffer in wrapper.module.buffers() if buffer.is_floating_point()]
+    results = []
+    for ours in (False, True):
+        wrapper.zero_grad()
+        for i, buffer in enumerate(buffers):
+            nn.init.constant_(buffer, 1 + i + rank_distrib())
+        if ours:
+            replicas.send_buffers()
+        seen = [buffer.clone() for buffer in buffers] if ours else None
+        (wrapper.module if ours else wrapper)(images).square().sum().backward()
+        if ours:
+            replicas.average_gradients()
+        results.append(([param.grad.clone() for param in wrapper.parameters()], [buffer.clone() for buffer in buffers]))
+    (grads, theirs), (own_grads, own) = results
+    return {
+        "gradients": all(map(torch.equal, grads, own_grads)),
+        "buffers": bool(buffers) and all(map(torch.equal, theirs, own)),
+        "sent": all(bool((buffer == 1 + i).all()) for i, buffer in enumerate(seen)),
+        "reason": replicas.agree("alone" if rank_distrib() else None),
+        "no_reason": replicas.agree(replicas.reason),
+    }
+
+
+class Counts(Callback):
+    "How often graphs were replayed."
+
+    order = 2000
+
+    def after_batch(self):
+        if self.training and self.learn.cuda_graph.graphed is not None:
+            self.learn.n_replays = self.learn.cuda_graph.graphed.n_replays
+
+
+class WaitsInOne(nn.Module):
+    "Cannot be captured in the last process."
+
+    def forward(self, x):
+        if rank_distrib() == dist.get_world_size() - 1:
+            x.sum().item()
+        return x
+
+
+class HooksInOne(Callback):
+    "Puts a hook on the model in the last process."
+
+    def before_train(self):
+        if rank_distrib() == dist.get_world_size() - 1:
+            self.handle = self.model.module[0].register_forward_hook(lambda *args: None)
+
+    def after_train(self):
+        if rank_distrib() == dist.get_world_size() - 1:
+            self.handle.remove()
+
+
+def train_graphs(device, path, amp_mode, sync_bn=False, model=None, cbs=()):
+    "Train twins, eager and replayed, and tell what differs."
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    seen = []
+    for has_graph in (False, True):
+        learn = new_learner(device, path)
+        torch.manual_seed(rank_distrib())
+        learn.model = model() if model else new_model()
+        learn.opt_func, learn.n_replays = partial(SGD, mom=0.9), 0  # Adam makes whole steps of what is next to nothing
+        learn.to_format(TrainFormat(True, amp_mode, cuda_graph=has_graph, fused_optimizer=has_graph))
+        with learn.distrib_ctx(sync_bn=sync_bn), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            learn.fit(2, cbs=[*[cb() for cb in cbs], *[Counts()] * has_graph])
+        losses = torch.stack([torch.as_tensor(loss).cpu() for loss in learn.recorder.losses])
+        weights = torch.cat([param.detach().flatten() for param in learn.model.parameters()])
+        seen.append((losses, weights, [*learn.recorder.values[-1]]))
+    (losses, weights, values), (own_losses, own_weights, own_values) = seen
+    everywhere = [torch.zeros_like(own_weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, own_weights)
+    return {
+        "n_replays": learn.n_replays,
+        "reason": learn.cuda_graph.reason,
+        "warned": [str(each.message) for each in caught if "CUDA graph" in str(each.message)],
+        "stride_warnings": sum("Grad strides" in str(each.message) for each in caught),
+        "losses": float((losses - own_losses).abs().max()),
+        "weights": float((weights - own_weights).abs().max()),
+        "values": max(abs(a - b) for a, b in zip(values, own_values)),
+        "is_same_everywhere": all(torch.equal(own_weights, other) for other in everywhere),
+        "n_hooks": sum(len(param._backward_hooks or ()) for param in learn.model.parameters()),
+    }
+
+
+def all_graphs(device, path):
+    waits = lambda: nn.Sequential(WaitsInOne(), *new_model())  # noqa: E731
+    return {
+        "fp32": train_graphs(device, path, None),
+        "fp16": train_graphs(device, path, "fp16"),
+        "SyncBatchNorm": train_graphs(device, path, None, sync_bn=True),
+        "hooks in one": train_graphs(device, path, None, cbs=[HooksInOne]),
+        "waits in one": train_graphs(device, path, None, model=waits),
+    }
+
+
 def main(device, path):
     path, accelerator = Path(path), Accelerator()  # which gives each process its GPU
     if device == "cpu":
@@ -176,6 +281,9 @@ def main(device, path):
     with learn.distrib_ctx(sync_bn=device.type == "cuda"):
         result["search"] = search(learn)
         result["error_of_data"] = search_broken_data(learn)
+    result["shares"] = shares(device)
+    if device.type == "cuda":
+        result["graphs"] = all_graphs(device, path)
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if not rank_distrib():

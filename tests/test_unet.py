@@ -9,6 +9,7 @@ from fastai.layers import ConvLayer, MergeLayer, NormType, ResBlock
 from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastai.vision.models.unet import DynamicUnet
+from fastcore.foundation import L
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -340,7 +341,7 @@ def test_learner_trains_with_and_without(new_learner, fmt, monkeypatch):
         if not is_padded:
             monkeypatch.setattr(unet, "forms_of_last_layers", lambda module: [])
         learn = new_learner(lambda: new_unet("cuda"), new_dls(3, 32, 32, device="cuda"), device="cuda")
-        learn.loss_func = lambda output, target: output.float().square().mean()
+        learn.loss_func, learn.metrics = lambda output, target: output.float().square().mean(), L()
         learn.to_format(fmt).fit(2, 1e-4, cbs=Swapped())
         assert (learn.swapped.found.items() >= LAST_LAYERS.items()) is is_padded
         losses.append(torch.stack(learn.recorder.losses))

@@ -1,13 +1,17 @@
 "CUDA graphs on fastai's `Learner`."
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from warnings import warn
 
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
+from torch.nn.parallel import DistributedDataParallel
 
 from channelslast.fit import FIT_GOES_ON, LeanCallback
 from channelslast.graphs.module import GraphedModule
+from channelslast.graphs.replicas import Replicas
 
 __all__ = ["CudaGraph"]
 
@@ -17,6 +21,9 @@ class CudaGraph(LeanCallback):
 
     Loss, metrics, the scaling of mixed precision, the optimizer and all callbacks run as they are. The graphs, and
     their memory, are given up when the fit ends; after an error outside of its batches, when the next one begins.
+
+    In distributed training each process replays its own; gradients are sent when the backward pass is done. Where one
+    process cannot capture, all train as they are.
     """
 
     order = 1000  # after all that makes a batch
@@ -24,8 +31,9 @@ class CudaGraph(LeanCallback):
 
     def __init__(self):
         self.graphed: GraphedModule | None = None
+        self.replicas: Replicas | None = None  # that share gradients here, and not in DistributedDataParallel
         self._reason: str | None = None
-        self._is_cancelled = False
+        self._is_agreed = self._is_cancelled = False
 
     @property
     def reason(self) -> str | None:
@@ -38,18 +46,74 @@ class CudaGraph(LeanCallback):
     def before_train(self):
         if self.epoch == 0:
             self._reason = None
-            if num_distrib() > 1:
-                self._reason = "in distributed training the processes share gradients during the backward pass"
-                warn(f"No CUDA graph, the model runs as it is: {self._reason}")
+
+    def around_batches(self) -> Any:
+        "What the batches of an epoch run in: the processes share the gradients of a backward pass."
+        return self._shared_gradients()
+
+    @contextmanager
+    def _shared_gradients(self) -> Iterator[None]:
+        learn = self.learn
+        backward = learn._backward
+
+        def backward_and_share():
+            backward()
+            if self.replicas is not None:
+                self.replicas.average_gradients()
+
+        try:
+            if num_distrib() > 1 and self.training:
+                learn._backward = backward_and_share
+            yield
+        finally:
+            if vars(learn).get("_backward") is backward_and_share:
+                del learn._backward
 
     def before_batch(self):
         self._is_cancelled = False
-        if num_distrib() > 1:
+        if num_distrib() > 1 and not self._is_ready_in_all_processes():
             return
-        if self.graphed is None or self.graphed.module is not self.model:
+        module = _module_in(self.model)
+        if self.graphed is None or self.graphed.module is not module:
             self._release()
-            self.graphed = GraphedModule(self.model)
-        self.learn.model = _OneCall(self.learn, self.graphed)
+            self.graphed = GraphedModule(module)
+        self.learn.model = _OneCall(self.learn, self.graphed, self.replicas)
+
+    def _is_ready_in_all_processes(self) -> bool:
+        "Whether all processes replay graphs; in the first two batches of a fit they ask each other."
+        if self._reason is not None:
+            return False
+        if not isinstance(self.model, DistributedDataParallel):
+            self._stop("the processes share gradients without DistributedDataParallel")
+        elif self.replicas is None or self.replicas.wrapper is not self.model:
+            self._release()
+            replicas, self.graphed, self._is_agreed = Replicas(self.model), GraphedModule(self.model.module), False
+            self._keep_strides(False)  # by hooks, which a capture would contain
+            reason = replicas.agree(replicas.reason or self.graphed.why_not(self.xb))
+            if reason is None:
+                self.replicas = replicas
+            else:
+                self._stop(reason)
+        elif not self._is_agreed:
+            self._is_agreed = True
+            if reason := self.replicas.agree(self.graphed.reason):
+                self.learn.model = self.replicas.new_wrapper()
+                self._stop(reason, is_told=self.graphed.reason is not None)
+        return self._reason is None
+
+    def _stop(self, reason: str, is_told: bool = False):
+        "Train as without this callback for the rest of the fit."
+        self._release()
+        self._reason = reason
+        self._keep_strides(True)
+        if not is_told:
+            warn(f"No CUDA graph, the model runs as it is: {reason}")
+
+    def _keep_strides(self, is_on: bool):
+        "Have `ChannelsLast` put its hooks on the parameters, or take them off."
+        for cb in self.learn.cbs:
+            if hasattr(type(cb), "keep_strides"):
+                cb.keep_strides() if is_on else cb.remove_hooks()
 
     def after_cancel_batch(self):
         self._put_model_back()
@@ -70,27 +134,37 @@ class CudaGraph(LeanCallback):
 
     def _put_model_back(self):
         if isinstance(self.learn.model, _OneCall):
-            self.learn.model = self.graphed.module
+            self.learn.model.put_back()
 
     def _release(self):
+        self.replicas = None
         if self.graphed is not None:
             self._reason = self.graphed.reason
             self.graphed.release()
             self.graphed = None
 
 
+def _module_in(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 class _OneCall:
     "Stands in for the model of a Learner in its next call, and puts the model back before it."
 
-    def __init__(self, learn: Learner, graphed: GraphedModule):
-        self.learn, self.graphed = learn, graphed
+    def __init__(self, learn: Learner, graphed: GraphedModule, replicas: Replicas | None):
+        self.learn, self.graphed, self.replicas, self.model = learn, graphed, replicas, learn.model
+
+    def put_back(self) -> None:
+        self.learn.model = self.model
 
     def __call__(self, *inputs: Any) -> Any:
-        self.learn.model = self.graphed.module
+        self.put_back()
+        if self.replicas is not None:
+            self.replicas.send_buffers()
         return self.graphed(*inputs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["graphed"].module, name)
+        return getattr(vars(self)["model"], name)
 
 
 # fastai's own methods, in which backward pass, step and `zero_grad` follow each other

@@ -17,7 +17,7 @@ from channelslast.errors import raised_in
 from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, module_in_words, set_since
 from channelslast.nested import map_tensors, tensors_in
 
-__all__ = ["Graph", "NotCapturedError", "capture", "error_in_words"]
+__all__ = ["Graph", "NotCapturedError", "capture", "check", "error_in_words"]
 
 
 class NotCapturedError(Exception):
@@ -31,7 +31,7 @@ def capture(
     ground: Ground,  # of `module`, as it is
 ) -> "Graph":
     "Capture `module` for inputs like these; raises `NotCapturedError`, or what PyTorch or the module raises."
-    _check(module, inputs)
+    check(module, inputs)
     device = inputs[0].device
     before = [(name, vars(submodule), dict(vars(submodule))) for name, submodule in module.named_modules()]
     with torch.cuda.device(device), _unchanged_by_capture(module, device):
@@ -150,8 +150,11 @@ class _Copies(torch.autograd.Function):
         return None, None, *grads
 
 
-def _check(module: nn.Module, inputs: tuple) -> None:
-    "Raise an error that says why `module` cannot be captured, for what PyTorch would not say or not see."
+def check(
+    module: nn.Module,
+    inputs: tuple,
+) -> None:
+    "Raise `NotCapturedError`, which says why `module` cannot be captured, for what PyTorch would not say or not see."
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise NotCapturedError(f"{type(module).__name__} spreads it over several GPUs")
     if not inputs or not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in inputs):
@@ -206,15 +209,16 @@ def _warm_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Run a step that makes what is made once, and then one that raises where the CPU would wait for the GPU.
 
     In a capture nothing can wait. One that fails for it does not tell where, and leaves PyTorch's random generator and
-    its allocator in the state of a capture.
+    its allocator in the state of a capture. (SyncBatchNorm waits, but not in a capture.)
     """
     _step(module, inputs)
-    mode = torch.cuda.get_sync_debug_mode()
-    _set_sync_debug_mode("error")
-    try:
-        _step(module, inputs)
-    finally:
-        _set_sync_debug_mode(mode)
+    if not any(isinstance(submodule, nn.SyncBatchNorm) for submodule in module.modules()):
+        mode = torch.cuda.get_sync_debug_mode()
+        _set_sync_debug_mode("error")
+        try:
+            _step(module, inputs)
+        finally:
+            _set_sync_debug_mode(mode)
     _clear_workspaces()
     torch.cuda.empty_cache()  # else the capture, in a stream of its own, would have none of this memory
 

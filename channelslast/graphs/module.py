@@ -13,7 +13,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from channelslast.graphs.capture import Graph, NotCapturedError, capture, error_in_words
+from channelslast.graphs.capture import Graph, NotCapturedError, capture, check, error_in_words
 from channelslast.graphs.ground import Ground
 from channelslast.memory_format import has_lazy_parameters
 
@@ -74,6 +74,17 @@ class GraphedModule:
         self.n_replays += 1
         self.n_writes += 1
         return graph.replay(self, inputs)
+
+    def why_not(
+        self,
+        inputs: tuple,
+    ) -> str | None:
+        "Return why `module` cannot be captured for `inputs`, as far as can be told without a try; None if it may be."
+        try:
+            check(self.module, inputs)
+        except NotCapturedError as error:
+            return str(error)
+        return None
 
     def gradients_are_zero(self) -> None:
         "Say that every gradient was set to zero: the next call need not keep them."
