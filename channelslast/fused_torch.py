@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from channelslast.memory_format import match_strides
 
-__all__ = ["begin_momentum", "reads_found_inf", "reset_fused_flag", "set_fused_flag", "why_no_fused_flag"]
+__all__ = ["begin_momentum", "is_fused", "reads_found_inf", "reset_fused_flag", "set_fused_flag", "why_no_fused_flag"]
 
 
 def reads_found_inf(
@@ -17,10 +17,12 @@ def reads_found_inf(
 ) -> bool:
     "Whether its steps read the attribute `found_inf` on the GPU, and change nothing if it is 1."
     reads = getattr(opt, "_step_supports_amp_scaling", False)  # the constructor sets it with fused=True
-    return reads and _is_fused(opt) and not any(map(_begins_undampened, opt.param_groups))
+    return reads and is_fused(opt) and not any(map(_begins_undampened, opt.param_groups))
 
 
-def _is_fused(opt: Any) -> bool:
+def is_fused(
+    opt: Any,  # an optimizer of PyTorch's
+) -> bool:
     "Whether fused kernels make all steps of `opt`, as the flags of its groups say."
     return all(group.get("fused") for group in opt.param_groups)
 
@@ -52,7 +54,7 @@ def why_no_fused_flag(
 
     Found by steps of small optimizers of its class, on the devices of its parameters: this waits for a GPU.
     """
-    if _is_fused(opt):
+    if is_fused(opt):
         return ""
     if any(map(_begins_undampened, opt.param_groups)):
         return "fused steps with dampening begin otherwise"
@@ -78,7 +80,7 @@ class _Trial:
         known = inspect.signature(type(like)).parameters
         options = {name: value for name, value in like.defaults.items() if name in known and name != "foreach"}
         self.opt = type(like)([self.param], **{**options, "lr": 0.5, "fused": fused})
-        if fused and not _is_fused(self.opt):
+        if fused and not is_fused(self.opt):
             raise TypeError("it takes no notice of it")
 
     def step(self, found_inf: float | None = None) -> "_Trial":
@@ -116,7 +118,7 @@ def set_fused_flag(
 
     It stays the same object. Its state dicts have the flags of before, and counts of steps on the device of before.
     """
-    if opt not in _changes and not _is_fused(opt):
+    if opt not in _changes and not is_fused(opt):
         _changes[opt] = _Changes(opt)
 
 

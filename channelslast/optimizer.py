@@ -15,6 +15,7 @@ from channelslast.fit import LeanCallback
 from channelslast.fused_steps import Plan, names_of, why_no_kernel
 from channelslast.fused_torch import (
     begin_momentum,
+    is_fused,
     reads_found_inf,
     reset_fused_flag,
     set_fused_flag,
@@ -26,6 +27,7 @@ from channelslast.nested import foreach
 __all__ = [
     "FusedOptimizer",
     "check_fused_optimizer",
+    "fused_form",
     "why_not_fused",
     "fuse",
     "unfuse",
@@ -116,6 +118,19 @@ def check_fused_optimizer(
         raise ValueError(
             f"fused_optimizer=True: {name} has no fused form ({why}). Those that have one: {HAVE_FUSED_FORM}"
         )
+
+
+def fused_form(
+    learn: Learner,
+    device: torch.device | str | None = None,  # where it will train; None: where the parameters are
+) -> bool | None:
+    "Whether the optimizer of `learn` has a fused form; None where its steps are fused already."
+    try:
+        check_fused_optimizer(learn, device)
+    except ValueError:
+        return False
+    opt = _trial(learn, device) if learn.opt is None else learn.opt
+    return None if isinstance(opt, OptimWrapper) and is_fused(opt.opt) else True
 
 
 def _trial(learn: Learner, device: torch.device | str | None) -> Any:

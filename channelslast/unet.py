@@ -1,23 +1,28 @@
-"""fastai's U-Net, whose last layers have 99 channels, computed with 104: then no pass has to pad them.
+"""Layers of fastai's U-Net in forms for a GPU: its last ones, and those that upsample.
 
-Tensor Cores take channels of half precision by eights, and cuDNN pads images of others in each pass of each
-convolution. Here the zeros come with the image that the U-Net merges before these layers, and zero weights go with
-them: the sums are the same. The image comes in half precision, as the next convolution takes it: autocast would have
-all channels merged in float32.
+The last ones have 99 channels and compute with 104: then no pass has to pad them. Tensor Cores take channels of half
+precision by eights, and cuDNN pads images of others in each pass of each convolution. Here the zeros come with the
+image that the U-Net merges before these layers, and zero weights go with them: the sums are the same. The image comes
+in half precision, as the next convolution takes it: autocast would have all channels merged in float32.
+
+`PixelShuffle_ICNR` is a 1x1 convolution and a shuffle that deals its channels out to pixels. Here the convolution makes
+them in the order in which they lie there: runs of channels move, not single ones. The values are equal to the bit, the
+image's gradient to rounding, for it adds channels up in that order.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastai.layers import ConvLayer, MergeLayer, ResBlock
+from fastai.layers import ConvLayer, MergeLayer, PixelShuffle_ICNR, ResBlock
 from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
 from channelslast.graphs.ground import HOOKS
 from channelslast.swaps import PARTS, is_free
 
-__all__ = ["forms_of_last_layers"]
+__all__ = ["forms_of_last_layers", "forms_of_upsampling"]
 
 _EIGHT = 8  # channels of half precision that a Tensor Core takes at once
 _CHANNELWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Identity, nn.AvgPool2d)
@@ -43,7 +48,7 @@ def forms_of_last_layers(
         or not convs
         or not _missing(convs[0].in_channels)
         or not others <= {*_CHANNELWISE, *_CONTAINERS}
-        or not all(map(_can_be_padded, [*convs, last[0]]))
+        or not all(map(_is_plain, [*convs, last[0]]))
         or not all(map(is_free, swapped))
         or any(map(_has_hooks, [merge, block, last]))
     ):
@@ -51,7 +56,7 @@ def forms_of_last_layers(
     return [(merge, _merge), *((conv, _conv) for conv in convs), (last[0], _last_conv)]
 
 
-def _can_be_padded(conv: nn.Module) -> bool:
+def _is_plain(conv: nn.Module) -> bool:
     return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
@@ -92,10 +97,78 @@ def _padded_conv(
     return F.conv2d(image, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
-def _last_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, Callable]]:
+def forms_of_upsampling(
+    module: nn.Module,  # any
+) -> list[tuple[nn.Module, Callable]]:
+    "A `PixelShuffle_ICNR` with its `forward`, where its channels may come in another order; none for another module."
+    if type(module) is not PixelShuffle_ICNR or not is_free(module) or len(module) < 2:
+        return []
+    layer, shuffle = module[0], module[1]
+    if type(layer) is not ConvLayer or type(shuffle) is not nn.PixelShuffle:
+        return []
+    conv, *others = layer
+    if (
+        not _is_plain(conv)
+        or any(type(part) not in _CHANNELWISE for part in others)
+        or not all(map(is_free, [layer, conv, shuffle]))
+        or any(map(_has_hooks, [layer, shuffle]))
+    ):
+        return []
+    return [(module, _upsample)]
+
+
+def _upsample(self: PixelShuffle_ICNR, input: Tensor) -> Tensor:
+    (conv, *others), shuffle, *rest = self
+    factor = shuffle.upscale_factor
+    weight, bias = (
+        param if param is None else param.unflatten(0, (-1, factor**2)).transpose(0, 1).flatten(0, 1)
+        for param in (conv.weight, conv.bias)
+    )
+    image = F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation)
+    for part in others:
+        image = part(image)
+    image = (_deal_out if torch.compiler.is_compiling() else _DealOut.apply)(image, factor)
+    for part in rest:
+        image = part(image)
+    return image
+
+
+def _deal_out(image: Tensor, factor: int) -> Tensor:
+    "`F.pixel_shuffle` of an image whose channels come in the order of the pixels: (factor, factor, C)."
+    b, _, h, w = image.shape
+    rows = image.permute(0, 2, 3, 1).reshape(b, h, w, factor, -1).transpose(2, 3)
+    return _contiguous(rows).view(b, h * factor, w * factor, -1).permute(0, 3, 1, 2)
+
+
+class _DealOut(torch.autograd.Function):
+    "`_deal_out`, whose gradient takes a single copy, also where it is a part of the channels."
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return _deal_out(image, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        pixels = grad.permute(0, 2, 3, 1).unflatten(2, (-1, ctx.factor)).unflatten(1, (-1, ctx.factor))
+        return _contiguous(pixels.transpose(2, 3)).flatten(3).permute(0, 3, 1, 2), None
+
+
+def _contiguous(rows: Tensor) -> Tensor:
+    "A copy that moves 8 bytes at a time where it can: PyTorch moves element by element what is strided."
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which follow no view of another dtype
+        return rows.contiguous()
+    n = 8 // rows.element_size()
+    steps = rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1]
+    if n < 2 or rows.stride(-1) != 1 or any(step % n for step in steps):
+        return rows.contiguous()
+    return rows.view(torch.int64).contiguous().view(rows.dtype)
+
+
+def _parts(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, Callable]]:
     if device.type == "cuda":
         for module in model.modules():
-            yield from forms_of_last_layers(module)
+            yield from (*forms_of_last_layers(module), *forms_of_upsampling(module))
 
 
-PARTS.append(_last_layers)
+PARTS.append(_parts)

@@ -41,6 +41,7 @@ from channelslast.find.stages import fixed_stage, new_stages
 from channelslast.find.steps import ProfiledStep, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
+from channelslast.zoo import fused_adamw
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
 CONTIGUOUS_BF16, LAST_BF16 = TrainFormat(False, "bf16"), TrainFormat(True, "bf16")
@@ -221,7 +222,7 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     "What each proposes, by what was seen: where Python hides what the GPU takes, its busy time decides."
     monkeypatch.setattr("channelslast.find.stages.training_device", lambda learn: torch.device("cuda"))
     monkeypatch.setattr("channelslast.find.stages.accelerated_dtypes", lambda device: (torch.float16, torch.bfloat16))
-    monkeypatch.setattr("channelslast.find.stages.can_be_fused", lambda learn: True)
+    monkeypatch.setattr("channelslast.find.stages.fused_form", lambda learn, device: True)
     eager, fused, graphs, compiled, compiled_graph, others = new_stages(learn, compile=True)
     formats = eager.propose([])
     assert [str(fmt) for fmt in formats] == [
@@ -248,6 +249,14 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     assert [stage.name for stage in new_stages(learn, [LAST], compile=True)] == [
         *("formats", "compile", "compile and CUDA graph")
     ]
+
+
+def test_steps_that_are_fused_already_are_no_stage(learn):
+    assert "fused steps" in [stage.name for stage in new_stages(learn)]
+    learn.opt_func, learn.opt = fused_adamw, None
+    assert "fused steps" not in [stage.name for stage in new_stages(learn)]
+    learn.create_opt()
+    assert "fused steps" not in [stage.name for stage in new_stages(learn)]
 
 
 def test_compiled_learner_is_compared_with_the_best_one_compiled(learn, plain_cpu, monkeypatch):

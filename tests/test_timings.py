@@ -307,6 +307,8 @@ def test_fused_steps_are_advised_where_the_optimizer_has_them():
     facts = {"optimizer_share": 0.4, "has_fused_form": True}
     timings = new_timings({CONTIGUOUS: around(100), LAST_BF16: around(40)}, **facts)
     assert timings.advice == "learn.to_format('channels last bf16 fused')"
+    timings.has_fused_form = None
+    assert timings.limit == "optimizer" and timings.advice is None, "its steps are fused already"
 
 
 def test_table_of_a_gpu_has_its_memory():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import new_dls
 from fastai.callback.core import Callback
-from fastai.layers import ConvLayer, MergeLayer, NormType, ResBlock
+from fastai.layers import ConvLayer, MergeLayer, NormType, PixelShuffle_ICNR, ResBlock
 from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastai.vision.models.unet import DynamicUnet
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from channelslast import TrainFormat, format_summary, keep_channels_last, swaps, unet
 from channelslast.swaps import swapped_classes
-from channelslast.unet import forms_of_last_layers
+from channelslast.unet import forms_of_last_layers, forms_of_upsampling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 OPTIONS = [{}, {"self_attention": True, "blur": True}, {"y_range": (0, 1)}, {"act_cls": nn.SiLU}]
@@ -319,9 +319,90 @@ def test_they_are_swapped_on_a_gpu_alone():
     model = new_unet()
     (parts,) = swaps.PARTS
     assert list(parts(model, torch.device("cpu"))) == []
-    assert [module for module, _ in parts(model, torch.device("cuda"))] == [
-        module for module, _ in forms_of_last_layers(model)
-    ]
+    found = [module for module, _ in parts(model, torch.device("cuda"))]
+    upsampling = [module for module in model.modules() if type(module) is PixelShuffle_ICNR]
+    assert set(found) == {*upsampling, *[module for module, _ in forms_of_last_layers(model)]}
+
+
+# Upsampling
+
+
+def upsample(layer, image):
+    "Upsample and merge, as a U-Net does; return the result and all gradients."
+    layer.zero_grad()
+    image = image.detach().requires_grad_()
+    merged = torch.cat([layer(image), torch.ones_like(layer(image))[:, :8]], 1)
+    grad = torch.randn(merged.shape, generator=torch.Generator().manual_seed(0)).to(merged)
+    merged.backward(grad.contiguous(memory_format=torch.channels_last))
+    return merged.detach(), [param.grad.clone() for param in layer.parameters()], image.grad
+
+
+def new_upsampling(**options):
+    options = {"nf": 24, "norm_type": None, **options}
+    return PixelShuffle_ICNR(16, **options).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def deals_out(monkeypatch):
+    "All devices are such that upsampling deals out its channels there."
+    found = lambda model, device: [pair for module in model.modules() for pair in forms_of_upsampling(module)]  # noqa: E731
+    monkeypatch.setattr(swaps, "PARTS", [found])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"blur": True}, {"scale": 4}, {"nf": 5}, {"act_cls": None}], ids=str)
+def test_upsampling_has_the_values_of_the_layer(options, dtype, device, deals_out, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    layer = new_upsampling(**options).to(device, dtype)
+    image = torch.randn(2, 16, 5, 6, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    values, grads, image_grad = upsample(layer, image)
+    with keep_channels_last(layer):
+        assert swapped_classes(layer)["PixelShuffle_ICNR"] == 1
+        own_values, own_grads, own_image_grad = upsample(layer, image)
+    if dtype is not torch.float64:  # whose kernel computes the last channels in another way
+        assert torch.equal(own_values, values)
+    torch.testing.assert_close(own_values, values)
+    for own, grad in zip(own_grads, grads, strict=True):
+        torch.testing.assert_close(own, grad)
+    torch.testing.assert_close(own_image_grad, image_grad)
+
+
+def test_upsampling_has_gradients_of_gradients(deals_out):
+    layer = new_upsampling(act_cls=nn.SiLU).double()
+    with keep_channels_last(layer):
+        assert torch.autograd.gradgradcheck(layer, torch.randn(1, 16, 2, 3, dtype=torch.float64, requires_grad=True))
+
+
+def with_hook():
+    layer = new_upsampling()
+    layer[0].register_forward_hook(lambda *args: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: new_upsampling(norm_type=NormType.Batch),
+        lambda: new_upsampling(norm_type=NormType.Weight),
+        with_hook,
+        lambda: nn.Sequential(*new_upsampling()),
+    ],
+    ids=["BatchNorm", "weight norm", "hook", "another class"],
+)
+def test_other_upsampling_stays(new, deals_out):
+    with keep_channels_last(new()) as layer:
+        assert "PixelShuffle_ICNR" not in swapped_classes(layer)
+
+
+def test_upsampling_compiles_in_one_graph(deals_out):
+    layer, counter = new_upsampling(), CompileCounterWithBackend("aot_eager")
+    image = torch.randn(2, 16, 5, 6).contiguous(memory_format=torch.channels_last)
+    with keep_channels_last(layer):
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        torch.testing.assert_close(compiled(image), layer(image))
+    assert counter.frame_count == 1
 
 
 class Swapped(Callback):
@@ -342,7 +423,8 @@ def test_learner_trains_with_and_without(new_learner, fmt, monkeypatch):
             monkeypatch.setattr(unet, "forms_of_last_layers", lambda module: [])
         learn = new_learner(lambda: new_unet("cuda"), new_dls(3, 32, 32, device="cuda"), device="cuda")
         learn.loss_func, learn.metrics = lambda output, target: output.float().square().mean(), L()
-        learn.to_format(fmt).fit(2, 1e-4, cbs=Swapped())
-        assert (learn.swapped.found.items() >= LAST_LAYERS.items()) is is_padded
+        swapped = Swapped()
+        learn.to_format(fmt).fit(2, 1e-4, cbs=swapped)
+        assert (swapped.found.items() >= LAST_LAYERS.items()) is is_padded
         losses.append(torch.stack(learn.recorder.losses))
     torch.testing.assert_close(*losses, rtol=0.02, atol=0.01)

@@ -48,7 +48,7 @@ class FormatTimings(Sequence):
     data_items_per_s: float = inf  # what the training DataLoader yields, without training
     busy: float | None = None  # share of the best step in which the GPU ran any kernel; None where that is not known
     optimizer_share: float | None = None  # of the best step, that the optimizer takes; None where that is not known
-    has_fused_form: bool = False  # the optimizer can make fused steps
+    has_fused_form: bool | None = False  # the optimizer can make fused steps; None: it makes them already
     model: str = ""  # class of the model
     device: str = ""
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the model's inputs
@@ -136,7 +136,8 @@ class FormatTimings(Sequence):
         "A line of Python that may help against what limits the best step; None where none is known."
         if self.limit == "data":
             return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={os.cpu_count()})"
-        if self.limit == "optimizer" and not any(row.format.fused_optimizer for row in self.rows):
+        is_plain = self.has_fused_form is not None and not any(row.format.fused_optimizer for row in self.rows)
+        if self.limit == "optimizer" and is_plain:
             if self.has_fused_form:
                 return f"learn.to_format({str(replace(self.best, fused_optimizer=True))!r})"
             return "learn.opt_func, learn.opt = partial(OptimWrapper, opt=torch.optim.AdamW), None"

@@ -20,10 +20,11 @@ from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s, split_by_time
 from channelslast.find.result import FormatTimings
-from channelslast.find.stages import HOPELESS, Stage, able, can_be_fused, fastest
+from channelslast.find.stages import HOPELESS, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
 from channelslast.find.timing import in_steps
 from channelslast.formats import TrainFormat, uncompiled
+from channelslast.optimizer import fused_form
 from channelslast.summary.gpu import busy_seconds
 
 N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
@@ -245,7 +246,7 @@ class Search:
         for candidate in self.comparisons:
             candidate.row.speedup = timings.row(self.start).ms / candidate.row.ms
         best = next(candidate for candidate in self.candidates if candidate.row is timings.best_row)
-        timings.has_fused_form = can_be_fused(self.learn)
+        timings.has_fused_form = fused_form(self.learn, self.device)
         if not best.row.error and best.row.samples and self.budget.measure_left() > self.limits_s(best):
             busy_s = self.measure_busy(best)
             timings.busy = busy_s and min(1.0, 1000 * busy_s / best.row.ms)

@@ -11,7 +11,7 @@ from channelslast.devices import accelerated_dtypes, amp_mode_of, training_devic
 from channelslast.find.candidates import Candidate
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import conv_ndims, module_ndims, supports_channels_last
-from channelslast.optimizer import check_fused_optimizer
+from channelslast.optimizer import fused_form
 
 HOPELESS = 1.5  # times the best step: such a format is not timed further
 NEAR = 1.1  # times the best step, within what a few steps tell
@@ -54,7 +54,7 @@ def new_stages(
         stages = [fixed_stage("formats", named)]
     else:
         stages = [fixed_stage("eager", eager_formats(learn, keep_precision))]
-        if can_be_fused(learn):
+        if fused_form(learn, device):
             stages.append(Stage("fused steps", fused))
         if device.type == "cuda":
             stages.append(Stage("CUDA graph", graphs))
@@ -66,14 +66,6 @@ def new_stages(
             others = partial(other_precision, amp_modes=accelerated_modes(learn))
             stages.append(Stage("compile", others, compiles=True))
     return stages
-
-
-def can_be_fused(learn: Learner) -> bool:
-    try:
-        check_fused_optimizer(learn, training_device(learn))
-    except ValueError:
-        return False
-    return True
 
 
 def accelerated_modes(learn: Learner) -> list[str | None]:

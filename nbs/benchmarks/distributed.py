@@ -126,8 +126,13 @@ def work(task: dict) -> dict:
     return result
 
 
-def launch(script: str, n_processes: int, device: str, task: dict, **environment: str) -> dict:
-    "The result of the first of `n_processes` that run `script` for the task."
+def launch(
+    script: str, n_processes: int, device: str, task: dict, on_done: Callable[[dict], None] = print, **environment: str
+) -> dict:
+    """The result of the first of `n_processes` that run `script` for the task, with how often PyTorch warned.
+
+    `on_done` is called for each part of it that the process says to be done.
+    """
     launcher = ["accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_processes", str(n_processes), *["--multi_gpu"] * (n_processes > 1)]
     environment = {**os.environ, TASK: json.dumps(task), **environment}
@@ -135,12 +140,17 @@ def launch(script: str, n_processes: int, device: str, task: dict, **environment
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
         environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", *launcher, script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    results = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        for line in run.stdout:
+            lines.append(line)
+            if line.startswith("DONE "):
+                on_done(json.loads(line.removeprefix("DONE ")))
+    results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     if not results:
-        raise RuntimeError(f"{shlex.join(command)} printed no result:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        raise RuntimeError(f"{shlex.join(command)} printed no result:\n{''.join(lines)[-8000:]}")
     print(f"{n_processes} processes are done", file=sys.stderr, flush=True)
-    return {**json.loads(results[0]), "n_warnings": (done.stdout + done.stderr).count(WARNING)}
+    return {**json.loads(results[0]), "n_warnings": sum(WARNING in line for line in lines)}
 
 
 def run_task(work: Callable[[dict], dict]) -> None:

@@ -5,8 +5,8 @@
     python nbs/benchmarks/fastest.py --device cpu --archs xresnet18 --bs 16 --size 128 --amp-mode bf16 --out cpu.json
 
 Each architecture is searched once, as a user would, with PyTorch's caches of compiled code cold. Then the pick, every
-candidate that could train and fastai's own are timed again, in rounds of all of them. What fits not in `--seconds` is
-left out; the same command with the same `--out` goes on with it.
+candidate that was not far slower and fastai's own are timed again, in rounds of all of them. What fits not in
+`--seconds` is left out; the same command with the same `--out` goes on with it.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from channelslast.fit import FitDone
 from channelslast.zoo import OPTIMIZERS, compile_caches, fastais_own, new_learner
 
 ARCHS = {"resnet18": 32, "resnet34": 64, "resnet50": 64, "convnext_tiny": 32, "efficientnet_b0": 32, "DynamicUnet": 8}
+CLOSE = 1.5  # times the step of the pick: what was slower in the search is not the fastest
 
 
 class TwoSteps(Callback):
@@ -53,8 +54,9 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     timings = learn.format_find(compile=args.compile, show_plot=False)
     seconds = time.perf_counter() - started
     rows = sorted((row for row in timings if not row.error), key=lambda row: row.ms)  # the fastest cut the others short
-    formats = [row.format for row in rows]
     plain = FormatTimings([row for row in timings if not row.format.compile], timings.start).best
+    close = [row.format for row in rows if row.ms <= CLOSE * timings.best_row.ms]
+    formats = list(dict.fromkeys([*close, timings.best, plain]))
     own = fastais_own(args.amp_mode)
     again = find_format(learn, [fixed_stage("again", formats)], [own], args.again)
     best = again.row(timings.best)
