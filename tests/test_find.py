@@ -212,6 +212,14 @@ def test_compile_adds_the_best_one_compiled(timed, monkeypatch):
     assert [row.format for row in timings] == [CONTIGUOUS, LAST, TrainFormat(True, None, "default")]
 
 
+@pytest.mark.parametrize("budget", [0.4, 0.8, 1.2, 30])
+def test_what_is_to_be_compiled_is_tried_however_little_time_is_left(timed, clock, many_rounds, monkeypatch, budget):
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    timings = timed.format_find(compile=True, budget=budget, show_plot=False)
+    (compiled,) = [row for row in timings if row.format.compile]
+    assert compiled.error is None and compiled.samples and clock.now < 1.2 * budget + 0.4
+
+
 def seen(fmt, step_s, busy_s=None, error=None, first_steps_s=1.0):
     candidate = Candidate(fmt, error=error)
     candidate.step_s, candidate.busy_s, candidate.first_steps_s = step_s, busy_s, first_steps_s
@@ -315,7 +323,7 @@ def test_rounds_are_interleaved_and_as_long_as_the_others(timed, many_rounds):
 def test_seconds_asked_for_are_not_exceeded(timed, clock, many_rounds, budget):
     timings = timed.format_find(show_plot=False, budget=budget)
     assert clock.now < 1.2 * budget + 0.2  # the step that is running, and those that tell what the optimizer takes
-    assert timings.best == (LAST_BF16 if budget >= 3 else CONTIGUOUS)
+    assert timings.best == (CONTIGUOUS if budget == 0.05 else LAST_BF16)
 
 
 def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
@@ -398,7 +406,7 @@ def test_drift_does_not_choose(new_learner, clock, plain_cpu, many_rounds, drift
 def test_cost_that_comes_every_third_step_counts(new_learner, clock, plain_cpu, many_rounds):
     class Slow(Callback):
         def after_batch(self):
-            if self.iter % 3 == 0 and self.learn.train_format == LAST:
+            if self.iter % 3 == 0 and self.learn.train_format.channels_last:
                 clock.tick(0.9)
 
     timings = new_learner(lambda: TimedNet(clock), cbs=Slow()).format_find(show_plot=False, budget=60)
@@ -501,7 +509,7 @@ def test_warm_up_ends(new_learner, clock, plain_cpu):
 
     learn = new_learner(EverFaster)
     find_format(learn, stages_of(CONTIGUOUS))
-    assert clock.steps == 12 + 4 + 3 * (1 + 2) + 1 + 3
+    assert clock.steps == 2 * (12 + 4) + 3 * (1 + 2) + 1 + 3, "looked at twice, for on a CPU others may have slowed it"
 
 
 def test_rounds_are_few_where_little_of_them_is_timed(new_learner, clock, plain_cpu, many_rounds):

@@ -152,12 +152,15 @@ class FormatTimings(Sequence):
 
     def _choice(self) -> str:
         best, start = self.best_row, self.row(self.start)
-        if not start.is_tried or start.note:
+        if best is start and (not start.is_tried or start.note):
             return f"Stay in {self.start}: there was no time to compare it with others{self._more_time(None)}."
         if start.error and best is not start:
             return f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
         if best is not start:
-            return f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}."
+            words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}"
+            if start.note:
+                words += f" in a few steps; there was no time for rounds{self._more_time(None)}"
+            return f"{words}."
         if start.error:
             return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
         return f"Stay in {best.format}, nothing is proved to be faster: `{best.format.code}`."
@@ -188,10 +191,12 @@ class FormatTimings(Sequence):
     ) -> str:
         "What more time would do, where that is known."
         round_s = self.round_s
-        if n_rounds is None:  # there was none: about a step of each, after one that is not timed
-            n_rounds, round_s = N_ROUNDS, 2 * sum(row.ms for row in self.rows if row.samples and not row.error) / 1000
+        if n_rounds is None:  # there was none
+            n_rounds = N_ROUNDS
             if isnan(self.before_rounds_s):
                 return ", pass a larger `budget`"
+            if isnan(round_s):  # about a step of each, after one that is not timed
+                round_s = 2 * sum(row.ms for row in self.rows if row.samples and not row.error) / 1000
         if isnan(round_s) or isnan(self.before_rounds_s):
             return f", {n_rounds} would do"
         seconds = 1.2 * (self.before_rounds_s + n_rounds * round_s)

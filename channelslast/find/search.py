@@ -18,9 +18,17 @@ from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
-from channelslast.find.plan import LIMIT_SHARE, ROUNDS_SHARE, choose_n_steps, is_enough, round_s, split_by_time
+from channelslast.find.plan import (
+    COMPILED_SHARE,
+    LIMIT_SHARE,
+    ROUNDS_SHARE,
+    choose_n_steps,
+    is_enough,
+    round_s,
+    split_by_time,
+)
 from channelslast.find.result import FormatTimings
-from channelslast.find.stages import HOPELESS, Stage, able, fastest
+from channelslast.find.stages import HOPELESS, NEAR, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
 from channelslast.find.timing import in_steps
 from channelslast.formats import TrainFormat, uncompiled
@@ -28,6 +36,7 @@ from channelslast.optimizer import fused_form
 from channelslast.summary.gpu import busy_seconds
 
 N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
+UNSTEADY = 1.2  # times the shortest step
 
 
 class Search:
@@ -96,9 +105,16 @@ class Search:
             return
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
+        if self.is_unsteady(candidate):
+            self.warm_up(candidate)
         is_hopeful = candidate in able(self.candidates) and not candidate.row.note
         if is_hopeful and candidate.is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
             candidate.busy_s = self.measure_busy(candidate)
+
+    def is_unsteady(self, candidate: Candidate) -> bool:
+        "Whether to look at the steps once more: on a CPU others, or memory touched for the first time, slow them down."
+        ms = candidate.row.samples
+        return self.device.type == "cpu" and bool(ms) and max(ms) > UNSTEADY * 1000 * candidate.step_s
 
     def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
         "Wait for the other processes, and return whether `candidate` would take the time of what is needed after it."
@@ -109,7 +125,10 @@ class Search:
             is_own_tried = any(other.is_own for other in self.candidates)
             eager = [other.first_steps_s for other in self.candidates if not other.is_compiled]
             first_steps_s = max(eager) if stage.is_first and eager else 0.0
-            needed_s = (1 if is_own_tried else 2) * first_steps_s + ROUNDS_SHARE * self.budget.seconds
+            needed_s = (1 if is_own_tried else 2) * first_steps_s
+            if not stage.compiles:  # what the user asks for is tried also where no time is left for rounds
+                n_compiled = sum(other.compiles for other in self.stages)
+                needed_s += (ROUNDS_SHARE + COMPILED_SHARE * n_compiled) * self.budget.seconds
         return self.budget.measure_left() <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
@@ -131,7 +150,9 @@ class Search:
         steady_ms = [decide(max, ms) for ms in steps.read_steady_ms()]
         all_ms = steps.clock.read_ms()
         ms = steady_ms or all_ms
-        candidate.step_s = decide(max, (statistics.median(ms) if len(ms) > 2 else min(ms)) / 1000)
+        # on a CPU the least: others on the machine make steps longer, and nothing makes them shorter
+        is_least = self.device.type == "cpu" or len(ms) <= 2
+        candidate.step_s = decide(max, (min(all_ms) if is_least else statistics.median(ms)) / 1000)
         candidate.first_steps_s = decide(max, max(0.0, took - len(steady_ms) * candidate.step_s))
         candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
@@ -168,7 +189,8 @@ class Search:
             row = candidate.row
             if row.error or row.note:
                 continue
-            if candidate.is_needed or candidate.step_s <= HOPELESS * best_s:
+            # a round of one with a CUDA graph costs a capture
+            if candidate.is_needed or candidate.step_s <= (NEAR if candidate.has_graphs else HOPELESS) * best_s:
                 finalists.append(candidate)
             else:
                 row.note = f"{in_steps(len(row.samples))}: {candidate.step_s / best_s:.1f} times the fastest"
@@ -178,6 +200,7 @@ class Search:
         "Time rounds while there is time. Finalists for which there is none keep their first steps."
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
+        self.round_s = round_s(finalists, 1, self.device) if finalists else nan
         timed, left_out = split_by_time(finalists, left, self.device)
         for candidate in left_out:
             candidate.row.note = f"{in_steps(len(candidate.row.samples))}, no time for rounds"

@@ -56,7 +56,7 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     rows = sorted((row for row in timings if not row.error), key=lambda row: row.ms)  # the fastest cut the others short
     plain = FormatTimings([row for row in timings if not row.format.compile], timings.start).best
     close = [row.format for row in rows if row.ms <= CLOSE * timings.best_row.ms]
-    formats = list(dict.fromkeys([*close, timings.best, plain]))
+    formats = list(dict.fromkeys([*close, timings.best, plain, timings.start]))
     own = fastais_own(args.amp_mode)
     again = find_format(learn, [fixed_stage("again", formats)], [own], args.again)
     best = again.row(timings.best)
