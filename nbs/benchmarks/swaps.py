@@ -331,6 +331,7 @@ def unet_contenders(bs: int, cuda: bool, amp: str, compiled: bool) -> dict[str, 
     if compiled:
         found |= {"compiled, contiguous": (contiguous, False)}
         found |= {"compiled": (last, False), "compiled, swaps": (last, True)}
+        found["compiled, fused, swaps"] = replace(last, fused_optimizer=True), True
         fast = "compiled, graph, fused"
     else:
         modes = ("fp16", "bf16") if cuda else (amp,)
