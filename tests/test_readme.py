@@ -84,11 +84,28 @@ def test_figures_of_the_first_page_are_those_of_the_record():
     known |= {f"{statistics.geometric_mean(plain):.1f}", *(f"{result['times_fastais_own']:.1f}" for result in cpu)}
     unet = record("h200_swaps_unet")["results"]["DynamicUnet resnet34 32"]
     known |= {str(unet["bs"]), *(f"{unet['rows'][name]['busy_ms']:.0f}" for name in ("fastai's own", "swaps"))}
+    known |= {f"{row['rows'][name]['ms']:.0f}" for row in two_gpus("resnet50", 64) for name in ("eager", "graph")}
     for page in FRONT:
         assert set(figures(page)) <= known
         assert {f"{mean:.1f}", f"{min(times):.1f}", f"{max(times):.1f}"} <= set(figures(page))
     assert len(results) == 6 and "six architectures" in FRONT[0].read_text()
     assert all("compiled" not in result["pick"] for result in results)
+
+
+def two_gpus(arch, bs):
+    "What was measured of an architecture on two GPUs, not compiled."
+    rows = [row for row in record("h200x2_speed")["speed"] if "graph" in row["rows"]]
+    return [row for row in rows if (row["processes"], row["arch"], row["bs"]) == (2, arch, bs)]
+
+
+def test_figures_of_two_gpus_are_those_of_the_record():
+    plain, sync = sorted(two_gpus("resnet50", 64), key=lambda row: row["norm"])
+    assert (plain["norm"], sync["norm"]) == ("BatchNorm", "SyncBatchNorm")
+    ms = [f"{row['rows'][name]['ms']:.0f}" for row in (plain, sync) for name in ("graph", "eager")]
+    readme, howto = (" ".join(prose(file).split()) for file in (FRONT[0], SITE / "howto.md"))
+    words = "{} ms in place of {}; with SyncBatchNorm, fastai's default there, in {} in place of {}"
+    assert words.format(*ms) in readme
+    assert "{2} ms in place of {3} (without SyncBatchNorm {0} in place of {1})".format(*ms) in howto
 
 
 def again_ms(result, fmt):
