@@ -99,7 +99,7 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
 
     def before_batch(self):
         if self.input_ndims:
-            self.learn.xb = to_memory_format(self.xb, ndims=self.input_ndims)
+            self.learn.xb = to_memory_format(self.learn.xb, ndims=self.input_ndims)
 
     def after_pred(self):
         if self.has_lazy:  # the first forward pass gave them their shape

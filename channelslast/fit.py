@@ -21,6 +21,11 @@ class LeanCallback(Callback):
 
     warned = frozenset()  # not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
 
+    @property
+    def training(self) -> bool:
+        "Whether the Learner trains. fastai asks for it at each event, and would look for it in the callback first."
+        return self.learn.training
+
     def __call__(
         self,
         event_name: str,

@@ -78,7 +78,7 @@ class FusedOptimizer(LeanCallback):
             fuse(opt)
 
     def before_backward(self):
-        if self.loss.is_cuda and self.reads_loss:
+        if self.reads_loss and self.learn.loss.is_cuda:
             self.early_loss = EarlyLoss(self.learn)
 
     def after_batch(self):

@@ -1,5 +1,6 @@
 "Mixed precision on every device that autocast runs on: the callback, its options, and which one a Learner has."
 
+import inspect
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral, Real
@@ -104,7 +105,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     def before_backward(self):
         super().before_backward()
-        self.early_loss = EarlyLoss(self.learn) if self.loss.is_cuda else None
+        self.early_loss = EarlyLoss(self.learn) if self.learn.loss.is_cuda else None
 
     def after_batch(self):
         early_loss, self.early_loss = self.early_loss, None
@@ -132,9 +133,9 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
         self.is_update_due = True
         if not self._step_supports_amp_scaling:
             return super().before_step()
-        self.scaler.unscale_(self)
+        self.learn.scaler.unscale_(self)
         self.skipped = True
-        self.scaler.step(self)
+        self.learn.scaler.step(self)
         if self.skipped:
             raise CancelStepException()
 
@@ -151,17 +152,19 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
         To read it in Python would wait for the GPU in every step. `GradScaler` looks this name up on the optimizer that
         it steps, which is `self`. If PyTorch drops the name, GradScaler reads in Python: slower, with equal results.
         """
-        return found_inf_reader(self.opt) is not None
+        return found_inf_reader(self.learn.opt) is not None
 
     def step(self, *args, **kwargs):
         "Called by `GradScaler` in the place of the optimizer's step, which the Learner makes after it."
         self.skipped = False
         found_inf = vars(self).get("found_inf")
         if found_inf is not None:
-            give_found_inf(self.opt, found_inf)
+            give_found_inf(self.learn.opt, found_inf)
+
+    step.__signature__ = inspect.signature(step)  # which GradScaler asks for at each step
 
     def _forget_found_inf(self):
-        for opt in with_wrapped(self.opt):
+        for opt in with_wrapped(self.learn.opt):
             vars(opt).pop("found_inf", None)
 
 

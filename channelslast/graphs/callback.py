@@ -73,7 +73,7 @@ class CudaGraph(LeanCallback):
         self._is_cancelled = False
         if num_distrib() > 1 and not self._is_ready_in_all_processes():
             return
-        module = _module_in(self.model)
+        module = _module_in(self.learn.model)
         if self.graphed is None or self.graphed.module is not module:
             self._release()
             self.graphed = GraphedModule(module)
