@@ -66,7 +66,6 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
             self.warn_once("The model has no 4D or 5D weights: channels last changes nothing about it")
         if has_ndims:
             convert_learner(self.learn, channels_last=reliable)
-        self.remove_hooks()  # those of a fit that was interrupted
         self.keep_strides()
 
     def after_fit(self):
@@ -74,6 +73,7 @@ class ChannelsLast(LeanCallback, FastaiChannelsLast):
 
     def keep_strides(self):
         "In distributed training, have hooks give gradients that may lie either way the strides of their parameters."
+        self.remove_hooks()  # also those of a fit that was interrupted
         if self.is_on and num_distrib() > 1:
             self.hooks = [param.register_hook(partial(_as_in, param.stride())) for param in _ambiguous(self.model)]
 

@@ -6,7 +6,7 @@ import torch
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import maybe_gather, num_distrib
 
-__all__ = ["EarlyLoss"]
+__all__ = ["EarlyLoss", "forget_early_loss"]
 
 
 class EarlyLoss:
@@ -21,8 +21,9 @@ class EarlyLoss:
         learn: Learner,  # before the backward pass, on a GPU
     ):
         self.loss = learn.loss
+        self.smooth_loss = _smooth_loss(learn) if num_distrib() > 1 else None
         loss = learn.loss.detach()
-        if num_distrib() > 1:
+        if self.smooth_loss is not None:
             loss = maybe_gather(loss.mean())
         self.copy = loss.to("cpu", non_blocking=True)
         self.copied = torch.cuda.current_stream(loss.device).record_event()
@@ -34,13 +35,12 @@ class EarlyLoss:
         "Wait for the copy, and let the Recorder take that; unless a callback has put another loss in its place."
         if learn.loss is not self.loss:
             return
-        self.copied.synchronize()
         if num_distrib() <= 1:
+            self.copied.synchronize()
             learn.loss = self.copy
-            return
-        smooth_loss = getattr(vars(learn).get("recorder"), "smooth_loss", None)
-        if type(smooth_loss) is AvgSmoothLoss:
-            smooth_loss.accumulate = partial(self._accumulate, smooth_loss)
+        elif self.smooth_loss is not None:
+            self.copied.synchronize()
+            self.smooth_loss.accumulate = partial(self._accumulate, self.smooth_loss)
 
     def _accumulate(self, smooth_loss: AvgSmoothLoss, learn: Learner) -> None:
         "Do, once, what the method of the class does, without gathering."
@@ -50,3 +50,18 @@ class EarlyLoss:
             return
         smooth_loss.count += 1
         smooth_loss.val = torch.lerp(self.copy, smooth_loss.val, smooth_loss.beta)
+
+
+def forget_early_loss(
+    learn: Learner,  # whose batch has ended before the Recorder took what `EarlyLoss.give` gave
+) -> None:
+    "Leave the Recorder as it is without an `EarlyLoss`."
+    smooth_loss = _smooth_loss(learn)
+    if smooth_loss is not None:
+        vars(smooth_loss).pop("accumulate", None)
+
+
+def _smooth_loss(learn: Learner) -> AvgSmoothLoss | None:
+    "What the Recorder of `learn` averages losses with, if it is fastai's own."
+    smooth_loss = getattr(vars(learn).get("recorder"), "smooth_loss", None)
+    return smooth_loss if type(smooth_loss) is AvgSmoothLoss else None

@@ -10,7 +10,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from torch import Tensor, nn
 
-from channelslast.early_loss import EarlyLoss
+from channelslast.early_loss import EarlyLoss, forget_early_loss
 from channelslast.fit import LeanCallback
 from channelslast.fused_steps import Plan, names_of, why_no_kernel
 from channelslast.fused_torch import (
@@ -62,7 +62,7 @@ class FusedOptimizer(LeanCallback):
         self.early_loss: EarlyLoss | None = None
 
     def before_fit(self):
-        # else MixedPrecision does
+        # where a MixedPrecision is on the Learner, that one does, if it is ours
         self.reads_loss = not any(isinstance(cb, FastaiMixedPrecision) for cb in self.learn.cbs)
 
     def before_step(self):
@@ -92,6 +92,7 @@ class FusedOptimizer(LeanCallback):
 
     def after_exception(self, error: BaseException):
         self.early_loss = None
+        forget_early_loss(self.learn)
         self.after_train()
 
 
@@ -103,6 +104,23 @@ def check_fused_optimizer(
 
     To ask an `opt_func`, it is called once, with parameters of one element in the groups of `learn.splitter`.
     """
+    _optimizer_with_fused_form(learn, device)
+
+
+def fused_form(
+    learn: Learner,
+    device: torch.device | str | None = None,  # where it will train; None: where the parameters are
+) -> bool | None:
+    "Whether the optimizer of `learn` has a fused form; None where its steps are fused already."
+    try:
+        opt = _optimizer_with_fused_form(learn, device)
+    except ValueError:
+        return False
+    return None if isinstance(opt, OptimWrapper) and is_fused(opt.opt) else True
+
+
+def _optimizer_with_fused_form(learn: Learner, device: torch.device | str | None) -> Any:
+    "Return the optimizer of `learn`, or one like that which it has yet to make; raises as `check_fused_optimizer`."
     opt, name = learn.opt, _name(learn.opt)
     if opt is None:
         name = _name(learn.opt_func)
@@ -118,19 +136,7 @@ def check_fused_optimizer(
         raise ValueError(
             f"fused_optimizer=True: {name} has no fused form ({why}). Those that have one: {HAVE_FUSED_FORM}"
         )
-
-
-def fused_form(
-    learn: Learner,
-    device: torch.device | str | None = None,  # where it will train; None: where the parameters are
-) -> bool | None:
-    "Whether the optimizer of `learn` has a fused form; None where its steps are fused already."
-    try:
-        check_fused_optimizer(learn, device)
-    except ValueError:
-        return False
-    opt = _trial(learn, device) if learn.opt is None else learn.opt
-    return None if isinstance(opt, OptimWrapper) and is_fused(opt.opt) else True
+    return opt
 
 
 def _trial(learn: Learner, device: torch.device | str | None) -> Any:

@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 
 from channelslast.devices import AMPMode, amp_mode_of, autocast_dtype, to_amp_mode, training_device
-from channelslast.early_loss import EarlyLoss
+from channelslast.early_loss import EarlyLoss, forget_early_loss
 from channelslast.fit import FIT_GOES_ON, LeanCallback, drop_gradients
 from channelslast.memory_format import with_wrapped
 from channelslast.optimizer import found_inf_reader, give_found_inf
@@ -118,6 +118,7 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
             state.restore()
         self.entered = []
         self.early_loss = None
+        forget_early_loss(self.learn)
         self._forget_found_inf()
         if self.training and not isinstance(error, (*FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None

@@ -39,7 +39,8 @@ def keep_channels_last(
     with this PyTorch: PixelShuffle, PixelUnshuffle and ChannelShuffle; padding by reflection, replication and circular,
     in 2D; GLU over channels; and global averages. Images in contiguous format are taken as ever. On CUDA, where the
     last layers of fastai's U-Net compute in half precision, they do so with a multiple of 8 channels, the added ones
-    being zeros, and equal to rounding; but not if they have hooks, which would see these channels.
+    being zeros, and equal to rounding; but not if they have hooks, which would see these channels. There fastai's
+    `PixelShuffle_ICNR` too makes its channels in another order, its image's gradient equal to rounding.
 
     Put it around training, a compiled model's too. What is printed, saved, pickled and copied inside, classes and hooks
     are as without it. Scripts, and a model in `nn.DataParallel`, run as they are. A Learner that trains in channels

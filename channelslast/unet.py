@@ -6,8 +6,9 @@ image that the U-Net merges before these layers, and zero weights go with them: 
 in half precision, as the next convolution takes it: autocast would have all channels merged in float32.
 
 `PixelShuffle_ICNR` is a 1x1 convolution and a shuffle that deals its channels out to pixels. Here the convolution makes
-them in the order in which they lie there: runs of channels move, not single ones. The values are equal to the bit, the
-image's gradient to rounding, for it adds channels up in that order.
+them in the order in which they lie there: runs of channels move, not single ones. The values are those of the layer, to
+the bit where the convolution's kernel computes all channels alike (in float32, float16 and bfloat16); the image's
+gradient to rounding, for it adds channels up in that order.
 """
 
 from collections.abc import Callable, Iterator
@@ -118,6 +119,8 @@ def forms_of_upsampling(
 
 
 def _upsample(self: PixelShuffle_ICNR, input: Tensor) -> Tensor:
+    if input.ndim != 4:
+        return PixelShuffle_ICNR.forward(self, input)
     (conv, *others), shuffle, *rest = self
     factor = shuffle.upscale_factor
     weight, bias = (
@@ -144,9 +147,12 @@ class _DealOut(torch.autograd.Function):
     "`_deal_out`, whose gradient takes a single copy, also where it is a part of the channels."
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
+    def forward(image: Tensor, factor: int) -> Tensor:
         return _deal_out(image, factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        _, ctx.factor = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -156,13 +162,13 @@ class _DealOut(torch.autograd.Function):
 
 def _contiguous(rows: Tensor) -> Tensor:
     "A copy that moves 8 bytes at a time where it can: PyTorch moves element by element what is strided."
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # which follow no view of another dtype
-        return rows.contiguous()
-    n = 8 // rows.element_size()
-    steps = rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1]
+    n = 1
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):  # which follow no view of another dtype
+        n = 8 // rows.element_size()
+        steps = rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1]
     if n < 2 or rows.stride(-1) != 1 or any(step % n for step in steps):
-        return rows.contiguous()
-    return rows.view(torch.int64).contiguous().view(rows.dtype)
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.int64).clone(memory_format=torch.contiguous_format).view(rows.dtype)
 
 
 def _parts(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, Callable]]:

@@ -26,6 +26,7 @@ from torch import nn
 from channelslast.callback import ChannelsLast
 from channelslast.find import distributed, plan
 from channelslast.formats import TrainFormat
+from channelslast.graphs import CudaGraph, GraphedModule, callback
 from channelslast.graphs.replicas import Replicas
 from channelslast.memory_format import is_channels_last
 
@@ -253,6 +254,83 @@ def train_graphs(device, path, amp_mode, sync_bn=False, model=None, cbs=()):
     }
 
 
+class Eager(GraphedModule):
+    "Runs the module as it is, and parts the wrapper from the parameters, as a capture does."
+
+    fails = False
+    is_parted = False
+
+    def why_not(self, inputs):
+        return None
+
+    def __call__(self, *inputs):
+        if not self.is_parted and self.module.training:
+            self.is_parted = True
+            for param in self.module.parameters():
+                data = param.data
+                param.data = torch.empty(0, dtype=torch.float64)
+                param.data = data
+            if self.fails and rank_distrib() == dist.get_world_size() - 1:
+                self.reason = "it fails"
+        return self.module(*inputs)
+
+
+class OwnBackward(Callback):
+    "A `_backward` that the user has set on the Learner."
+
+    def before_fit(self):
+        own = type(self.learn)._backward
+        self.n_calls = 0
+
+        def backward():
+            self.n_calls += 1
+            own(self.learn)
+
+        self.learn._backward = backward
+
+
+def train_stub(path, fails=False, cbs=()):
+    "Train twins, one of them with the callback of graphs around a module that runs as it is, and tell what differs."
+    callback.GraphedModule, Eager.fails = Eager, fails
+    seen = []
+    for cb in ([], [CudaGraph()]):
+        learn = new_learner(torch.device("cpu"), path).to_channelslast(use_amp=False)
+        learn.opt_func = partial(SGD, mom=0.9)
+        others = [each() for each in cbs]
+        with learn.distrib_ctx(sync_bn=False), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            learn.fit(3, cbs=[*others, *cb])
+        tensors = [*learn.model.parameters(), *[each for each in learn.model.buffers() if each.is_floating_point()]]
+        seen.append((torch.cat([each.detach().flatten() for each in tensors]), learn.recorder.values, others))
+    (values, recorded, _), (own_values, own_recorded, others) = seen
+    everywhere = [torch.zeros_like(own_values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, own_values)
+    return {
+        "values": float((values - own_values).abs().max()),
+        "recorded": max(abs(a - b) for x, y in zip(recorded, own_recorded) for a, b in zip(x, y)),
+        "n_hooks": sum(len(param._backward_hooks or ()) for param in learn.model.parameters()),
+        "warned": [str(each.message) for each in caught if "CUDA graph" in str(each.message)],
+        "reason": cb[0].reason,
+        "calls": [other.n_calls for other in others],
+        "has_backward": "_backward" in vars(learn),
+    }
+
+
+class CallsTwice(Callback):
+    def after_step(self):
+        self.learn.model(*self.xb)
+
+
+def refuses_second_call(path):
+    callback.GraphedModule, Eager.fails = Eager, False
+    learn = new_learner(torch.device("cpu"), path)
+    try:
+        with learn.distrib_ctx(sync_bn=False):
+            learn.fit(1, cbs=[CudaGraph(), CallsTwice()])
+    except RuntimeError as error:
+        return str(error)
+
+
 def all_graphs(device, path):
     waits = lambda: nn.Sequential(WaitsInOne(), *new_model())  # noqa: E731
     return {
@@ -284,6 +362,10 @@ def main(device, path):
     result["shares"] = shares(device)
     if device.type == "cuda":
         result["graphs"] = all_graphs(device, path)
+    else:
+        result["stub"] = {"plain": train_stub(path), "fails": train_stub(path, fails=True)}
+        result["stub"]["own backward"] = train_stub(path, cbs=[OwnBackward])
+        result["twice"] = refuses_second_call(path)
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if not rank_distrib():

@@ -122,6 +122,20 @@ def test_gradients_and_buffers_are_those_of_distributed_data_parallel(done):
 # CUDA graphs, in each process its own
 
 
+@pytest.mark.parametrize("name, said", [("plain", None), ("own backward", None), ("fails", "it fails")])
+def test_callback_of_graphs_trains_as_distributed_data_parallel_does(on_cpu, name, said):
+    "With a module that runs as it is in the place of captured ones."
+    for result in results(on_cpu):
+        found = result["stub"][name]
+        assert max(found["values"], found["recorded"]) < 1e-6 and found["n_hooks"] == 0
+        assert found["reason"] == said and len(found["warned"]) <= 1
+        assert found["has_backward"] == (name == "own backward") and found["calls"] in ([], [12])
+
+
+def test_second_call_of_the_model_in_a_batch_is_refused(on_cpu):
+    assert all("called twice in a batch" in result["twice"] for result in results(on_cpu))
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("name", ["fp32", "fp16", "SyncBatchNorm"])
 def test_replays_train_as_distributed_data_parallel_does(on_gpus, name):

@@ -414,6 +414,27 @@ def test_cost_that_comes_every_third_step_counts(new_learner, clock, plain_cpu, 
     assert timings.best == CONTIGUOUS
 
 
+def test_unsteady_steps_of_a_cpu_are_looked_at_again(new_learner, clock, bf16_cpu, many_rounds):
+    class HeldUp(Callback):
+        "By others on the machine, in the first steps of the search."
+
+        n = 0
+
+        def after_batch(self):
+            HeldUp.n += 1
+            clock.tick(0.05 * HeldUp.n if HeldUp.n < 8 else 0.0)
+
+    timings = new_learner(lambda: TimedNet(clock), cbs=HeldUp()).format_find(show_plot=False, budget=60)
+    assert timings.row(LAST_BF16).note is None and timings.row(LAST_BF16).warmup_s > 0.5
+    assert timings.best in (LAST_BF16, TrainFormat(True, "bf16", fused_optimizer=True))
+
+
+def test_second_look_takes_no_time_that_others_need(timed, monkeypatch, many_rounds):
+    monkeypatch.setattr("channelslast.find.search.UNSTEADY", 0.0)  # all are
+    timings = timed.format_find(show_plot=False, budget=1.6)
+    assert timings.best == LAST_BF16 and len(timings.row(LAST_BF16).samples) >= 3
+
+
 def test_long_steps_are_not_given_up_for_one_that_was_held_up(new_learner, clock, plain_cpu):
     class HeldUp(Callback):
         def after_batch(self):

@@ -225,25 +225,28 @@ def test_what_was_not_timed_in_the_rounds_is_no_choice(timings):
     plt.close(timings.plot().figure)
 
 
-def without_rounds(times, n=4, noise=0.01, gain=1.0, seed=0):
-    "Formats that were timed in `n` steps of one fit each."
+def without_rounds(n=4, noise=0.01, drift=0.0, gain=1.0, seed=0):
+    "Four formats that were timed in `n` steps of one fit each, with noise within fits and drift between them."
     rng = np.random.default_rng(seed)
-    formats = [CONTIGUOUS, LAST, LAST_BF16, CONTIGUOUS_BF16][:times]
-    rows = [FormatTiming(fmt, list(10 * rng.lognormal(0, noise, n)), note="no time for rounds") for fmt in formats]
-    rows[-1].samples = [ms / gain for ms in rows[-1].samples]
-    return FormatTimings(rows, CONTIGUOUS)
+    formats = [CONTIGUOUS, LAST, LAST_BF16, CONTIGUOUS_BF16]
+    steps = [list(10 * rng.lognormal(0, drift) * rng.lognormal(0, noise, n)) for _ in formats]
+    steps[-1] = [ms / gain for ms in steps[-1]]
+    return FormatTimings(
+        [FormatTiming(fmt, ms, note="no time for rounds") for fmt, ms in zip(formats, steps)], CONTIGUOUS
+    )
 
 
 def test_without_rounds_a_far_faster_format_is_chosen():
-    timings = without_rounds(4, gain=1.9)
+    timings = without_rounds(gain=1.9)
     assert timings.best == CONTIGUOUS_BF16
     assert re.search(r"Best: .*, 1\.\d+ times as fast as contiguous fp32 in a few steps; there was no", timings.verdict)
-    assert without_rounds(4, n=2, gain=1.9).best == CONTIGUOUS, "two steps prove nothing"
+    assert without_rounds(n=2, gain=1.9).best == CONTIGUOUS, "two steps prove nothing"
+    assert without_rounds(gain=1.4).best == CONTIGUOUS, "fits may differ that much"
 
 
-@pytest.mark.parametrize("noise", [0.01, 0.1])
-def test_without_rounds_equal_formats_are_left_alone(noise):
-    n_wrong = sum(without_rounds(4, noise=noise, seed=seed).best != CONTIGUOUS for seed in range(300))
+@pytest.mark.parametrize("noise, drift", [(0.01, 0), (0.1, 0), (0.01, 0.05), (0.02, 0.1)])
+def test_without_rounds_equal_formats_are_left_alone(noise, drift):
+    n_wrong = sum(without_rounds(noise=noise, drift=drift, seed=seed).best != CONTIGUOUS for seed in range(300))
     assert n_wrong <= 0.05 * 300
 
 

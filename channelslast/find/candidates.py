@@ -34,6 +34,7 @@ class Candidate:
         self.raised: Exception | None = None  # by the Learner
         # Known after the warm-up: the seconds of a step, of all steps before it was steady, of all else in a fit
         self.step_s = self.first_steps_s = self.overhead_s = 0.0
+        self.least_ms = 0.0  # milliseconds of the shortest step
         self.busy_s: float | None = None  # of a step, in which the GPU ran a kernel
 
     @property

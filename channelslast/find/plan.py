@@ -13,7 +13,6 @@ MIN_ROUNDS = 3  # fewer prove nothing but a very large gain
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
 ROUNDS_SHARE = 0.3  # of the budget, kept for rounds
-COMPILED_SHARE = 0.05  # of the budget, kept for the steps of each compiled format
 LIMIT_SHARE = 0.05  # of the budget, kept for finding what limits the best step
 
 

@@ -19,7 +19,6 @@ from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import (
-    COMPILED_SHARE,
     LIMIT_SHARE,
     ROUNDS_SHARE,
     choose_n_steps,
@@ -106,7 +105,7 @@ class Search:
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
         if self.is_unsteady(candidate):
-            self.warm_up(candidate)
+            self.look_again(candidate)
         is_hopeful = candidate in able(self.candidates) and not candidate.row.note
         if is_hopeful and candidate.is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
             candidate.busy_s = self.measure_busy(candidate)
@@ -114,7 +113,21 @@ class Search:
     def is_unsteady(self, candidate: Candidate) -> bool:
         "Whether to look at the steps once more: on a CPU others, or memory touched for the first time, slow them down."
         ms = candidate.row.samples
-        return self.device.type == "cpu" and bool(ms) and max(ms) > UNSTEADY * 1000 * candidate.step_s
+        if self.device.type != "cpu" or candidate.row.note or not ms:
+            return False
+        is_wide = self.processes.decide_together(max, max(ms) > UNSTEADY * candidate.least_ms)
+        return is_wide and self.budget.measure_left() > 2 * candidate.row.warmup_s + ROUNDS_SHARE * self.budget.seconds
+
+    def look_again(self, candidate: Candidate) -> None:
+        "Warm `candidate` up once more, and keep the steps of the shorter ones."
+        row, first_steps_s, step_s = candidate.row, candidate.first_steps_s, candidate.step_s
+        samples, warmup_s = row.samples, row.warmup_s
+        self.warm_up(candidate)
+        if row.error:
+            return
+        candidate.first_steps_s, row.warmup_s = first_steps_s, warmup_s
+        if row.note or candidate.step_s > step_s:
+            candidate.step_s, row.samples, row.note = step_s, samples, None
 
     def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
         "Wait for the other processes, and return whether `candidate` would take the time of what is needed after it."
@@ -126,9 +139,8 @@ class Search:
             eager = [other.first_steps_s for other in self.candidates if not other.is_compiled]
             first_steps_s = max(eager) if stage.is_first and eager else 0.0
             needed_s = (1 if is_own_tried else 2) * first_steps_s
-            if not stage.compiles:  # what the user asks for is tried also where no time is left for rounds
-                n_compiled = sum(other.compiles for other in self.stages)
-                needed_s += (ROUNDS_SHARE + COMPILED_SHARE * n_compiled) * self.budget.seconds
+            if not candidate.is_compiled:  # what the user asks for is tried also where no time is left for rounds
+                needed_s += ROUNDS_SHARE * self.budget.seconds
         return self.budget.measure_left() <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
@@ -150,9 +162,8 @@ class Search:
         steady_ms = [decide(max, ms) for ms in steps.read_steady_ms()]
         all_ms = steps.clock.read_ms()
         ms = steady_ms or all_ms
-        # on a CPU the least: others on the machine make steps longer, and nothing makes them shorter
-        is_least = self.device.type == "cpu" or len(ms) <= 2
-        candidate.step_s = decide(max, (min(all_ms) if is_least else statistics.median(ms)) / 1000)
+        candidate.step_s = decide(max, (statistics.median(ms) if len(ms) > 2 else min(ms)) / 1000)
+        candidate.least_ms = min(all_ms)
         candidate.first_steps_s = decide(max, max(0.0, took - len(steady_ms) * candidate.step_s))
         candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms

@@ -1,7 +1,7 @@
 "CUDA graphs on fastai's `Learner`."
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from warnings import warn
 
@@ -23,7 +23,7 @@ class CudaGraph(LeanCallback):
     their memory, are given up when the fit ends; after an error outside of its batches, when the next one begins.
 
     In distributed training each process replays its own; gradients are sent when the backward pass is done. Where one
-    process cannot capture, all train as they are.
+    process cannot capture in the first batch, all train as they are.
     """
 
     order = 1000  # after all that makes a batch
@@ -31,9 +31,12 @@ class CudaGraph(LeanCallback):
 
     def __init__(self):
         self.graphed: GraphedModule | None = None
-        self.replicas: Replicas | None = None  # that share gradients here, and not in DistributedDataParallel
+        # In distributed training: what shares the gradients in the place of DistributedDataParallel; whether the
+        # processes have asked each other after the first batch; why all of them have stopped
+        self.replicas: Replicas | None = None
+        self._is_agreed, self._stopped = False, None
         self._reason: str | None = None
-        self._is_agreed = self._is_cancelled = False
+        self._is_cancelled = False
 
     @property
     def reason(self) -> str | None:
@@ -42,6 +45,7 @@ class CudaGraph(LeanCallback):
 
     def before_fit(self):
         self._release()  # graphs of a fit that was interrupted
+        self._stopped = None
 
     def before_train(self):
         if self.epoch == 0:
@@ -49,63 +53,49 @@ class CudaGraph(LeanCallback):
 
     def around_batches(self) -> Any:
         "What the batches of an epoch run in: the processes share the gradients of a backward pass."
-        return self._shared_gradients()
-
-    @contextmanager
-    def _shared_gradients(self) -> Iterator[None]:
-        learn = self.learn
-        backward = learn._backward
-
-        def backward_and_share():
-            backward()
-            if self.replicas is not None:
-                self.replicas.average_gradients()
-
-        try:
-            if num_distrib() > 1 and self.training:
-                learn._backward = backward_and_share
-            yield
-        finally:
-            if vars(learn).get("_backward") is backward_and_share:
-                del learn._backward
+        return _backward_of(self.learn, _SharedBackward(self)) if num_distrib() > 1 and self.training else nullcontext()
 
     def before_batch(self):
         self._is_cancelled = False
         if num_distrib() > 1 and not self._is_ready_in_all_processes():
             return
-        module = _module_in(self.learn.model)
+        model = self.learn.model
+        module = model if self.replicas is None else self.replicas.module
         if self.graphed is None or self.graphed.module is not module:
             self._release()
             self.graphed = GraphedModule(module)
         self.learn.model = _OneCall(self.learn, self.graphed, self.replicas)
 
     def _is_ready_in_all_processes(self) -> bool:
-        "Whether all processes replay graphs; in the first two batches of a fit they ask each other."
-        if self._reason is not None:
-            return False
-        if not isinstance(self.model, DistributedDataParallel):
+        "Whether all processes replay graphs: they ask each other before the first batch of a fit, and after it."
+        model = self.learn.model
+        if self._stopped is None and not isinstance(model, DistributedDataParallel):
             self._stop("the processes share gradients without DistributedDataParallel")
-        elif self.replicas is None or self.replicas.wrapper is not self.model:
+        elif self._stopped is None and (self.replicas is None or self.replicas.wrapper is not model):
             self._release()
-            replicas, self.graphed, self._is_agreed = Replicas(self.model), GraphedModule(self.model.module), False
+            replicas, self.graphed, self._is_agreed = Replicas(model), GraphedModule(model.module), False
             self._keep_strides(False)  # by hooks, which a capture would contain
-            reason = replicas.agree(replicas.reason or self.graphed.why_not(self.xb))
+            reason = replicas.agree(replicas.reason or self.graphed.why_not(self.learn.xb), self.learn.xb)
             if reason is None:
                 self.replicas = replicas
+                self.graphed.captures_once = replicas.has_sync_norm
+                replicas.begin()
             else:
-                self._stop(reason)
-        elif not self._is_agreed:
+                self._stop(reason, replicas)
+        elif self._stopped is None and not self._is_agreed:
             self._is_agreed = True
             if reason := self.replicas.agree(self.graphed.reason):
-                self.learn.model = self.replicas.new_wrapper()
-                self._stop(reason, is_told=self.graphed.reason is not None)
-        return self._reason is None
+                self._stop(reason, self.replicas)
+        return self._stopped is None
 
-    def _stop(self, reason: str, is_told: bool = False):
+    def _stop(self, reason: str, replicas: Replicas | None = None):
         "Train as without this callback for the rest of the fit."
+        is_told = self.graphed is not None and self.graphed.reason is not None
         self._release()
-        self._reason = reason
+        self._reason = self._stopped = reason
         self._keep_strides(True)
+        if replicas is not None and replicas.is_parted:
+            self.learn.model = replicas.new_wrapper()
         if not is_told:
             warn(f"No CUDA graph, the model runs as it is: {reason}")
 
@@ -137,15 +127,13 @@ class CudaGraph(LeanCallback):
             self.learn.model.put_back()
 
     def _release(self):
-        self.replicas = None
+        if self.replicas is not None:
+            self.replicas.end()
+            self.replicas = None
         if self.graphed is not None:
             self._reason = self.graphed.reason
             self.graphed.release()
             self.graphed = None
-
-
-def _module_in(model: Any) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class _OneCall:
@@ -160,11 +148,41 @@ class _OneCall:
     def __call__(self, *inputs: Any) -> Any:
         self.put_back()
         if self.replicas is not None:
-            self.replicas.send_buffers()
+            self.replicas.send_buffers(is_new=not self.graphed.n_graphs)
         return self.graphed(*inputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["model"], name)
+
+
+class _SharedBackward:
+    "Stands in for `Learner._backward`: then the processes share the gradients."
+
+    def __init__(self, cb: CudaGraph):
+        self.cb, self.backward = cb, cb.learn._backward
+
+    def __call__(self) -> None:
+        self.backward()
+        if self.cb.replicas is not None:
+            self.cb.replicas.average_gradients()
+
+    def __reduce__(self) -> tuple:
+        "In a file, and in a copy of the Learner, fastai's own method takes its place."
+        return getattr, (self.cb.learn, "_backward")
+
+
+@contextmanager
+def _backward_of(learn: Learner, backward: Callable) -> Iterator[None]:
+    "Inside, `learn` goes backward with `backward`."
+    own = vars(learn).get("_backward")
+    learn._backward = backward
+    try:
+        yield
+    finally:
+        if vars(learn).get("_backward") is backward:
+            del learn._backward
+            if own is not None:
+                learn._backward = own
 
 
 # fastai's own methods, in which backward pass, step and `zero_grad` follow each other

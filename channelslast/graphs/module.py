@@ -46,13 +46,14 @@ class GraphedModule:
     ):
         self.module = module
         self.reason: str | None = None  # why nothing is captured any more
+        self.captures_once = False  # for processes that have to capture together
         self.n_replays = 0
         self.n_writes = 0  # to the memory that the graphs share
         self._graphs: dict[tuple, Graph] = {}  # by the kind of their inputs, the last used one last
         self._recent: deque[tuple] = deque(maxlen=_RECENT)
         self._ground: Ground | None = None
         self._pool: Any = None
-        self._gradients_are_zero = False
+        self._gradients_are_zero = self._has_captured = False
 
     @property
     def n_graphs(self) -> int:
@@ -108,8 +109,10 @@ class GraphedModule:
         graph = self._graphs.pop(kind, None)
         if graph is None:
             self._recent.append(kind)
-            if (not is_first and self._recent.count(kind) < _OFTEN) or has_lazy_parameters(self.module):
+            is_seldom = not is_first and self._recent.count(kind) < _OFTEN
+            if is_seldom or (self.captures_once and self._has_captured) or has_lazy_parameters(self.module):
                 return None
+            self._has_captured = True
             graph = self._try_to_capture(inputs)
         if graph is not None:
             self._graphs[kind] = graph

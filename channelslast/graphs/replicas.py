@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from channelslast.nested import foreach
+from channelslast.nested import foreach, tensors_in
 
 __all__ = ["Replicas"]
 
@@ -23,11 +24,12 @@ class Replicas:
         self,
         wrapper: nn.parallel.DistributedDataParallel,
     ):
-        self.wrapper, self.group = wrapper, wrapper.process_group
-        self.params = [param for param in wrapper.module.parameters() if param.requires_grad]
+        self.wrapper, self.module, self.group = wrapper, wrapper.module, wrapper.process_group
+        self.params = [param for param in self.module.parameters() if param.requires_grad]
         # dense, and in the order of the weights: the same in each process, whatever its kernels make
         self.strides = [torch.empty_like(param, device="meta").stride() for param in self.params]
-        self.buffers = list(wrapper.module.buffers()) if wrapper.broadcast_buffers else []
+        self.buffers: list[Tensor] = []
+        self._hook: RemovableHandle | None = None
 
     @property
     def reason(self) -> str | None:
@@ -37,40 +39,73 @@ class Replicas:
             return "DistributedDataParallel looks for unused parameters (find_unused_parameters=True)"
         if getattr(wrapper, "_comm_hooks", None):
             return "DistributedDataParallel has a communication hook"
-        if hasattr(wrapper.module, "_ddp_params_and_buffers_to_ignore"):
+        if hasattr(self.module, "_ddp_params_and_buffers_to_ignore"):
             return "DistributedDataParallel ignores some parameters"
-        if any(getattr(module, "sparse", False) for module in wrapper.module.modules()):
+        if any(getattr(module, "sparse", False) for module in self.module.modules()):
             return "embeddings have sparse gradients"
         return None
+
+    @property
+    def has_sync_norm(self) -> bool:
+        "Whether the processes exchange statistics within the module, so that they have to capture together."
+        return any(isinstance(module, nn.SyncBatchNorm) for module in self.module.modules())
 
     def agree(
         self,
         reason: str | None,  # why this process cannot use graphs
+        inputs: tuple = (),  # of the module in the next batch
     ) -> str | None:
         "Wait for the other processes, and return the first reason that one of them has, the same in each."
-        reasons: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(reasons, reason, group=self.group)
-        return next(filter(None, reasons), None)
+        answers: list[Any] = [None] * self.group.size()
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
+        dist.all_gather_object(answers, (reason, shapes), group=self.group)
+        reasons, shapes = zip(*answers)
+        if any(reasons):
+            return next(filter(None, reasons))
+        if self.has_sync_norm and any(each != shapes[0] for each in shapes):
+            return "the processes have inputs of different shapes, and exchange statistics"
+        return None
+
+    @property
+    def is_parted(self) -> bool:
+        "Whether captures may have parted the wrapper from the parameters: it would send no gradients."
+        return getattr(self.wrapper, "is_parted", False)
+
+    def begin(self) -> None:
+        "From now on the wrapper sends nothing in training, and refuses to be called for it."
+        self.wrapper.is_parted = True
+        self._hook = self.wrapper.register_forward_pre_hook(_refuse)
+
+    def end(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     def new_wrapper(self) -> nn.parallel.DistributedDataParallel:
-        "Return another wrapper like this one: a capture, also one that failed, may have parted it from the module."
+        "Return another wrapper of the module, with the same options."
         old = self.wrapper
+        options = {} if old.broadcast_buffers else {"broadcast_buffers": False}  # True, the default, is not to be said
         return nn.parallel.DistributedDataParallel(
-            old.module,
+            self.module,
             device_ids=old.device_ids,
             output_device=old.output_device,
             dim=old.dim,
-            broadcast_buffers=old.broadcast_buffers,
-            process_group=old.process_group,
+            process_group=self.group,
+            bucket_cap_mb=old.bucket_bytes_cap / 2**20,
             gradient_as_bucket_view=old.gradient_as_bucket_view,
             static_graph=old.static_graph,
+            **options,
         )
 
     @torch.no_grad()
-    def send_buffers(self) -> None:
+    def send_buffers(
+        self,
+        is_new: bool = True,  # the module may have other buffers than before
+    ) -> None:
         "Give the buffers the values that they have in the first process, as the wrapper does before a forward pass."
-        if not self.wrapper.require_backward_grad_sync:
+        if not (self.wrapper.broadcast_buffers and self.wrapper.require_backward_grad_sync):
             return
+        self.wrapper.require_forward_param_sync = True  # before its next evaluation too
+        self.buffers = list(self.module.buffers()) if is_new else self.buffers
         for rows in _by_dtype(zip(self.buffers)):
             buffers = [buffer for (buffer,) in rows]
             sent = torch.cat([buffer.flatten() for buffer in buffers])
@@ -93,6 +128,14 @@ class Replicas:
             sent /= self.group.size()  # before the sum, as the wrapper does
             dist.all_reduce(sent, group=self.group)
             foreach("copy_", grads, parts)
+
+
+def _refuse(wrapper: nn.Module, inputs: tuple) -> None:
+    if torch.is_grad_enabled() and wrapper.training:
+        raise RuntimeError(
+            "The model was called twice in a batch, which in distributed training with `cuda_graph` would send no "
+            "gradients: train without `cuda_graph`"
+        )
 
 
 def _by_dtype(rows: Iterable[tuple]) -> Iterable[list[tuple]]:
