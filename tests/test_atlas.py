@@ -51,6 +51,14 @@ def measured(atlas, monkeypatch):
     return names
 
 
+def test_parts_measure_everything_once(run, measured):
+    archs = ["--archs", "resnet18", "resnet34", "resnet50"]
+    assert len(run(*archs, "--part", "1/2")) == 2 and measured == ["resnet18", "resnet50"]
+    assert len(run(*archs, "--part", "2/2")) == 3 and measured[2:] == ["resnet34"]
+    with pytest.raises(SystemExit):
+        run("--part", "3/2")
+
+
 def test_it_lists_enough_architectures_that_exist(atlas):
     every = {name for names in arch_names().values() for name in names}
     assert len(atlas.TYPICAL_BS) >= 60 and set(atlas.TYPICAL_BS) <= every
@@ -85,7 +93,7 @@ def test_no_search_begins_after_the_budget(run, measured):
 def test_what_ended_the_process_is_told_by_the_next_run(run, measured, tmp_path):
     run("--archs", "resnet18")
     (file,) = tmp_path.glob("*.csv")
-    file.with_suffix(".running").write_text(json.dumps({"model": "resnet34", "batch_size": 64}))
+    file.with_suffix(".1.running").write_text(json.dumps({"model": "resnet34", "batch_size": 64}))
     rows = run("--archs", "resnet34")
     assert rows[-1]["error"] == "the process ended while it was measured" and measured == ["resnet18"]
 

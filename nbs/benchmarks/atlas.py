@@ -8,6 +8,7 @@
 Each architecture is searched once, as a user would, with fastai's default Adam; fastai's own is timed in the same
 rounds. The file is named for the device and the setting, in `--folder`. The same command goes on where it ended. What
 fails becomes a row with the reason; what ends the process is told by the next run, from a file that names what ran.
+With several GPUs, run as many processes, each on one, with `--part 1/2` and `--part 2/2`: they write to the same file.
 With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
 the speeds are the same, `search_s` is without the compiler's time then, and the row's command says so.
 """
@@ -179,18 +180,28 @@ def drop_failed(file: Path) -> None:
         append(file, row)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    "Return the numbers of an option as '1/2'."
+    part, n_parts = map(int, text.split("/"))
+    if not 1 <= part <= n_parts:
+        raise ValueError(text)
+    return part, n_parts
+
+
 def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
     "Measure what is not in the file yet, until the time is up; return the file."
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / file_name(args, device)
     if args.retry:
         drop_failed(file)
-    running = file.with_suffix(".running")
+    part, n_parts = args.part
+    running = file.with_suffix(f".{part}.running")
     if running.exists():
         append(file, {**json.loads(running.read_text()), "error": "the process ended while it was measured"})
         running.unlink()
     started = time.perf_counter()
-    for arch in args.archs or (COMPILED.split() if args.compile else TYPICAL_BS):
+    archs = list(args.archs or (COMPILED.split() if args.compile else TYPICAL_BS))
+    for arch in archs[part - 1 :: n_parts]:
         bs = args.bs or TYPICAL_BS.get(arch, 32)
         if (arch, str(bs)) in {(row["model"], row["batch_size"]) for row in rows_of(file)}:
             continue
@@ -222,6 +233,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels square; default: that of the architecture")
     parser.add_argument("--compile", action="store_true", help="search with compile=True")
     parser.add_argument("--amp-mode", help="of fastai's own: fp16, bf16; default: what the device is fastest at")
+    parser.add_argument("--part", type=part_of, default=(1, 1), help="1/2: every second one, from the first on")
     parser.add_argument("--each", type=float, help="seconds of a search; default: that of `to_fastest`")
     parser.add_argument("--caches", type=Path, help="keep what is compiled here; default: nowhere, each compiles anew")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no search begins")
