@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from channelslast.early_loss import EarlyLoss, forget_early_loss
 from channelslast.fit import LeanCallback
-from channelslast.fused_steps import Plan, names_of, why_no_kernel
+from channelslast.fused_forms import Fused, FusedLookahead, FusedSteps, plain_type
+from channelslast.fused_steps import names_of, why_no_kernel
 from channelslast.fused_torch import (
     begin_momentum,
     is_fused,
@@ -22,7 +23,6 @@ from channelslast.fused_torch import (
     why_no_fused_flag,
 )
 from channelslast.memory_format import with_wrapped
-from channelslast.nested import foreach
 
 __all__ = [
     "FusedOptimizer",
@@ -162,9 +162,9 @@ def _name(opt: Any) -> str:
     if isinstance(opt, partial):
         return _name(opt.func)
     if isinstance(opt, (Lookahead, OptimWrapper)):
-        return f"{_plain_type(opt).__name__} around {_name(opt.opt)}"
+        return f"{plain_type(opt).__name__} around {_name(opt.opt)}"
     if isinstance(opt, Optimizer):
-        return f"{_plain_type(opt).__name__} of {names_of(opt.cbs)}"
+        return f"{plain_type(opt).__name__} of {names_of(opt.cbs)}"
     return getattr(opt, "__name__", type(opt).__name__)
 
 
@@ -177,9 +177,9 @@ def why_not_fused(
     "Return why `opt` has no fused form, '' if it has one; an optimizer of PyTorch's is tried out on its device."
     if isinstance(opt, OptimWrapper):
         return why_no_fused_flag(opt.opt)
-    if _plain_type(opt) is Lookahead and isinstance(opt.opt, Optimizer):
+    if plain_type(opt) is Lookahead and isinstance(opt.opt, Optimizer):
         return why_not_fused(opt.opt)
-    if _plain_type(opt) is not Optimizer:
+    if plain_type(opt) is not Optimizer:
         return f"{type(opt).__name__} is not one of fastai's own"
     return why_no_kernel(opt)
 
@@ -200,7 +200,7 @@ def fuse(
         set_fused_flag(opt.opt)
         return
     for part in with_wrapped(opt):
-        part.__class__ = _FusedLookahead if isinstance(part, Lookahead) else _FusedSteps
+        part.__class__ = FusedLookahead if isinstance(part, Lookahead) else FusedSteps
 
 
 def unfuse(
@@ -208,11 +208,11 @@ def unfuse(
 ) -> None:
     "Undo `fuse`. The state stays where training has come to. Waits for the GPU to have made the last step."
     for part in with_wrapped(opt):
-        if isinstance(part, _Fused):
+        if isinstance(part, Fused):
             part.settle()
             for name in set(vars(part)) - set(part.plain_vars()):
                 delattr(part, name)
-            part.__class__ = _plain_type(part)
+            part.__class__ = plain_type(part)
         elif isinstance(part, torch.optim.Optimizer):
             reset_fused_flag(part)
 
@@ -227,7 +227,7 @@ def found_inf_reader(
     """
     if isinstance(opt, OptimWrapper):
         return opt.opt if reads_found_inf(opt.opt) else None
-    if isinstance(opt, _Fused) and not any("step" in vars(part) for part in with_wrapped(opt)):
+    if isinstance(opt, Fused) and not any("step" in vars(part) for part in with_wrapped(opt)):
         return opt
     return None
 
@@ -241,135 +241,3 @@ def give_found_inf(
     if isinstance(reader, torch.optim.Optimizer):
         begin_momentum(reader)
     reader.found_inf = found_inf
-
-
-# The fused forms
-
-
-class _Overflow:
-    "Whether a step overflowed, as a bool that is asked for late: the GPU goes on until then, and `bool` waits for it."
-
-    def __init__(self, found_inf: Tensor):
-        self.flag = found_inf.to("cpu", non_blocking=True, copy=True)
-        self.copied = torch.cuda.current_stream(found_inf.device).record_event() if found_inf.is_cuda else None
-
-    def __bool__(self) -> bool:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return bool(self.flag)
-
-
-class _Fused:
-    "What the fused forms share. If only the GPU knows whether the last step overflowed, `settle` counts it later."
-
-    found_inf: Tensor | None = None
-    overflow: _Overflow | None = None  # of the last step
-    plan: Plan | None = None
-
-    def settle(self) -> None:
-        "Count the last step, unless it overflowed. Waits for the GPU to have made it."
-        overflow, self.overflow = self.overflow, None
-        if overflow is not None and not overflow:
-            self.count_step()
-
-    def plain_vars(self) -> dict[str, Any]:
-        "The attributes that are fastai's or the user's."
-        return {name: value for name, value in vars(self).items() if name not in ("found_inf", "overflow", "plan")}
-
-    @torch.no_grad()
-    def zero_grad(self) -> None:
-        grads = [param.grad for group in self.param_lists for param in group]
-        grads = [grad for grad in grads if grad is not None]
-        for grad in grads:
-            if grad.requires_grad:
-                grad.detach_()
-        if grads:
-            foreach("zero_", grads)
-
-    def clear_state(self) -> None:
-        self.settle()
-        super().clear_state()
-
-    def state_dict(self) -> dict[str, Any]:
-        self.settle()
-        return super().state_dict()
-
-    def load_state_dict(self, sd: dict[str, Any]) -> None:
-        self.settle()
-        super().load_state_dict(sd)
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        self.settle()
-        return object.__new__, (_plain_type(self),), self.plain_vars()
-
-
-class _FusedSteps(_Fused, Optimizer):
-    def step(self, closure: None = None) -> None:
-        if closure is not None:
-            raise NotImplementedError("fastai optimizers currently do not support closure")
-        self.settle()
-        found_inf = vars(self).pop("found_inf", None)
-        if self.plan is None or not self.plan.holds(self):
-            self.plan = Plan(self)
-        if found_inf is None:
-            self.plan.step(self, None)
-            self.count_step()
-            return
-        found_inf = found_inf.clamp(max=1)  # kernels compare with 1, GradScaler adds up the flags of several GPUs
-        self.overflow = _Overflow(found_inf)
-        if self.plan.plain and self.overflow:  # fastai's functions cannot ask the GPU
-            return
-        self.plan.step(self, found_inf)
-
-    def count_step(self) -> None:
-        self.plan.count_step()
-
-
-class _FusedLookahead(_Fused, Lookahead):
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        if closure is not None:
-            raise NotImplementedError("fastai optimizers currently do not support closure")
-        self.settle()
-        if self.slow_weights is None:
-            self._copy_weights()
-        found_inf = vars(self).pop("found_inf", None)
-        if found_inf is not None:
-            self.opt.found_inf = found_inf
-        self.opt.step()
-        if (self.count + 1) % self.k == 0:
-            self._catch_up(found_inf)
-        if found_inf is None:
-            self.count_step()
-        else:
-            self.overflow = self.opt.overflow
-
-    def count_step(self) -> None:
-        self.count += 1
-
-    def _catch_up(self, found_inf: Tensor | None) -> None:
-        "Move the slow weights towards the fast ones, and the fast ones there too; do nothing if `found_inf` is not 0."
-        slow_weights = [weight.data for group in self.slow_weights for weight in group]
-        params = [param.data for group in self.param_lists for param in group]
-        # all at once, but if two share their memory, or they are on several devices, one after the other
-        are_distinct = len({param.data_ptr() for param in params}) == len(params)
-        n_at_once = len(params) if are_distinct and len({param.device for param in params}) == 1 else 1
-        for i in range(0, len(params), n_at_once):
-            slow, fast = slow_weights[i : i + n_at_once], params[i : i + n_at_once]
-            moves = foreach("sub", fast, slow)
-            if found_inf is None:
-                foreach("add_", slow, moves, alpha=self.alpha)
-                foreach("copy_", fast, slow)
-            else:
-                is_step = (found_inf == 0).float().to(fast[0].device)  # 1 or 0, to multiply with: Python cannot ask
-                foreach("mul_", moves, is_step * self.alpha)
-                foreach("add_", slow, moves)
-                foreach("mul_", fast, 1 - is_step)
-                foreach("add_", fast, foreach("mul", slow, is_step))
-
-
-def _plain_type(opt: Any) -> type:
-    "Return the class of `opt` without its fused form."
-    if isinstance(opt, _Fused):
-        return Lookahead if isinstance(opt, Lookahead) else Optimizer
-    return type(opt)

@@ -15,11 +15,11 @@ from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find  # noqa: 
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.learner import Learner
-from fastai.optimizer import SGD, Adam, ranger
+from fastai.optimizer import SGD, Adam, Lookahead, ranger
 from torch import nn
 
 from channelslast import TrainFormat
-from channelslast.graphs import CudaGraph
+from channelslast.graphs import CudaGraph, GraphedModule, callback
 
 FORMATS = [TrainFormat(True), TrainFormat(True, "fp16"), TrainFormat(False, "bf16")]
 
@@ -378,3 +378,29 @@ def test_reason_is_kept_until_the_next_fit(learn):
     reason = learn.cuda_graph.reason
     learn.validate()
     assert reason and learn.cuda_graph.reason == reason
+
+
+def lookahead_adam(params, **kwargs):
+    return Lookahead(Adam(params, **kwargs))
+
+
+class RunsAsItIs(GraphedModule):
+    "In the place of captured graphs, where there is no GPU."
+
+    n_zeros = 0
+
+    def __call__(self, *inputs):
+        return self.module(*inputs)
+
+    def gradients_are_zero(self):
+        RunsAsItIs.n_zeros += 1
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("opt_func", [Adam, lookahead_adam, wrapped_adamw])
+def test_gradients_are_known_to_be_zero_after_fastais_own_steps(new_learner, monkeypatch, opt_func, is_fused):
+    monkeypatch.setattr(callback, "GraphedModule", RunsAsItIs)
+    monkeypatch.setattr(RunsAsItIs, "n_zeros", 0)
+    learn = new_learner(opt_func=opt_func).to_format(TrainFormat(fused_optimizer=is_fused))
+    learn.fit(1, cbs=CudaGraph())
+    assert RunsAsItIs.n_zeros == (0 if opt_func is wrapped_adamw else len(learn.dls.train))

@@ -194,5 +194,5 @@ def _sets_gradients_to_zero(learn: Learner) -> bool:
     if any(getattr(type(learn), name) is not own or name in vars(learn) for name, own in _OWN_METHODS.items()):
         return False
     zero_grad = getattr(type(learn.opt), "zero_grad", None)  # an OptimWrapper has none: PyTorch's sets them to None
-    is_known = getattr(zero_grad, "__module__", None) in ("fastai.optimizer", "channelslast.optimizer")
+    is_known = getattr(zero_grad, "__module__", None) in ("fastai.optimizer", "channelslast.fused_forms")
     return is_known and "zero_grad" not in vars(learn.opt)
