@@ -6,6 +6,8 @@ import torch
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import maybe_gather, num_distrib
 
+from channelslast.cpu_copy import CpuCopy
+
 __all__ = ["EarlyLoss", "forget_early_loss"]
 
 
@@ -18,28 +20,23 @@ class EarlyLoss:
 
     def __init__(
         self,
-        learn: Learner,  # before the backward pass, on a GPU
+        learn: Learner,  # before the backward pass
     ):
         self.loss = learn.loss
         self.smooth_loss = _smooth_loss(learn) if num_distrib() > 1 else None
         loss = learn.loss.detach()
-        if self.smooth_loss is not None:
-            loss = maybe_gather(loss.mean())
-        self.copy = loss.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.current_stream(loss.device).record_event()
+        self.copy = CpuCopy(loss if self.smooth_loss is None else maybe_gather(loss.mean()))
 
     def give(
         self,
         learn: Learner,  # after the batch
     ) -> None:
-        "Wait for the copy, and let the Recorder take that; unless a callback has put another loss in its place."
+        "Let the Recorder take the copy, and wait for that; unless a callback has put another loss in its place."
         if learn.loss is not self.loss:
             return
         if num_distrib() <= 1:
-            self.copied.synchronize()
-            learn.loss = self.copy
+            learn.loss = self.copy.wait()
         elif self.smooth_loss is not None:
-            self.copied.synchronize()
             self.smooth_loss.accumulate = partial(self._accumulate, self.smooth_loss)
 
     def _accumulate(self, smooth_loss: AvgSmoothLoss, learn: Learner) -> None:
@@ -49,7 +46,7 @@ class EarlyLoss:
             smooth_loss.accumulate(learn)
             return
         smooth_loss.count += 1
-        smooth_loss.val = torch.lerp(self.copy, smooth_loss.val, smooth_loss.beta)
+        smooth_loss.val = torch.lerp(self.copy.wait(), smooth_loss.val, smooth_loss.beta)
 
 
 def forget_early_loss(

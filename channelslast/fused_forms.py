@@ -6,36 +6,24 @@ import torch
 from fastai.optimizer import Lookahead, Optimizer
 from torch import Tensor
 
+from channelslast.cpu_copy import CpuCopy
 from channelslast.fused_steps import Plan
 from channelslast.nested import foreach
 
 __all__ = ["Fused", "FusedLookahead", "FusedSteps", "plain_type"]
 
 
-class _Overflow:
-    "Whether a step overflowed, as a bool that is asked for late: the GPU goes on until then, and `bool` waits for it."
-
-    def __init__(self, found_inf: Tensor):
-        self.flag = found_inf.to("cpu", non_blocking=True, copy=True)
-        self.copied = torch.cuda.current_stream(found_inf.device).record_event() if found_inf.is_cuda else None
-
-    def __bool__(self) -> bool:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return bool(self.flag)
-
-
 class Fused:
     "What the fused forms share. If only the GPU knows whether the last step overflowed, `settle` counts it later."
 
     found_inf: Tensor | None = None
-    overflow: _Overflow | None = None  # of the last step
+    overflow: CpuCopy | None = None  # whether the last step did, asked for late
     plan: Plan | None = None
 
     def settle(self) -> None:
         "Count the last step, unless it overflowed. Waits for the GPU to have made it."
         overflow, self.overflow = self.overflow, None
-        if overflow is not None and not overflow:
+        if overflow is not None and not overflow.wait():
             self.count_step()
 
     def plain_vars(self) -> dict[str, Any]:
@@ -84,8 +72,8 @@ class FusedSteps(Fused, Optimizer):
             self.count_step()
             return
         found_inf = found_inf.clamp(max=1)  # kernels compare with 1, GradScaler adds up the flags of several GPUs
-        self.overflow = _Overflow(found_inf)
-        if self.plan.plain and self.overflow:  # fastai's functions cannot ask the GPU
+        self.overflow = CpuCopy(found_inf)
+        if self.plan.plain and self.overflow.wait():  # fastai's functions cannot ask the GPU
             return
         self.plan.step(self, found_inf)
 

@@ -24,6 +24,7 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from channelslast.callback import ChannelsLast
+from channelslast.early_loss import EarlyLoss
 from channelslast.find import distributed, plan
 from channelslast.formats import TrainFormat
 from channelslast.graphs import CudaGraph, GraphedModule, callback
@@ -316,6 +317,33 @@ def train_stub(path, fails=False, cbs=()):
     }
 
 
+class ReadsLoss(Callback):
+    "Has the loss gathered before the backward pass, as on a GPU in mixed precision."
+
+    order = 9
+
+    def before_backward(self):
+        self.early = EarlyLoss(self.learn)
+
+    def after_batch(self):
+        if self.training:
+            self.early.give(self.learn)
+
+
+def early_loss(path):
+    "Losses as fastai records them, and gathered early."
+    losses = []
+    for cbs in ([], [ReadsLoss()]):
+        learn = new_learner(torch.device("cpu"), path)
+        torch.manual_seed(rank_distrib())
+        learn.model = new_model()
+        with learn.distrib_ctx(sync_bn=False):
+            learn.fit(2, cbs=cbs)
+        losses.append([[float(loss) for loss in learn.recorder.losses], *learn.recorder.values])
+    left = "accumulate" in vars(learn.recorder.smooth_loss)
+    return {"is_same": [list(each) for each in losses[0]] == [list(each) for each in losses[1]], "left": left}
+
+
 class CallsTwice(Callback):
     def after_step(self):
         self.learn.model(*self.xb)
@@ -366,6 +394,7 @@ def main(device, path):
         result["stub"] = {"plain": train_stub(path), "fails": train_stub(path, fails=True)}
         result["stub"]["own backward"] = train_stub(path, cbs=[OwnBackward])
         result["twice"] = refuses_second_call(path)
+        result["early_loss"] = early_loss(path)
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if not rank_distrib():

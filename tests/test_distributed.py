@@ -119,6 +119,10 @@ def test_gradients_and_buffers_are_those_of_distributed_data_parallel(done):
         assert result["shares"] == expected
 
 
+def test_losses_gathered_early_are_those_that_fastai_gathers(on_cpu):
+    assert all(result["early_loss"] == {"is_same": True, "left": False} for result in results(on_cpu))
+
+
 # CUDA graphs, in each process its own
 
 

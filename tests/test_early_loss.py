@@ -1,0 +1,49 @@
+"The loss of a batch, read while the GPU goes on: the Recorder records what it does without."
+
+import pytest
+from fastai.callback.core import Callback
+from fastai.learner import AvgSmoothLoss
+
+from channelslast.early_loss import EarlyLoss, forget_early_loss
+
+
+class ReadsEarly(Callback):
+    order = 9
+
+    def before_backward(self):
+        self.early = EarlyLoss(self.learn)
+
+    def after_batch(self):
+        if self.training:
+            self.early.give(self.learn)
+
+
+class Doubles(Callback):
+    "Puts another loss in the place of the model's, before or after the copy is given."
+
+    def __init__(self, order):
+        self.order = order
+
+    def after_batch(self):
+        self.learn.loss = self.loss * 2
+
+
+@pytest.mark.parametrize("cbs", [[], [lambda: Doubles(8)], [lambda: Doubles(10)]], ids=["alone", "before", "after"])
+def test_recorder_records_the_same(new_learner, cbs):
+    recorded = []
+    for early in ([], [ReadsEarly()]):
+        learn = new_learner()
+        learn.fit(2, cbs=[*early, *[cb() for cb in cbs]])
+        recorded.append(
+            (list(map(float, learn.recorder.losses)), [list(values)[:-1] for values in learn.recorder.values])
+        )
+    assert recorded[0] == recorded[1]
+
+
+def test_nothing_is_left_on_the_recorder(new_learner):
+    learn = new_learner()
+    learn.recorder.smooth_loss.accumulate = None
+    forget_early_loss(learn)
+    assert learn.recorder.smooth_loss.accumulate.__func__ is AvgSmoothLoss.accumulate
+    learn.remove_cb(learn.recorder)
+    forget_early_loss(learn)
