@@ -387,6 +387,10 @@ def main(device, path):
     with learn.distrib_ctx(sync_bn=device.type == "cuda"):
         result["search"] = search(learn)
         result["error_of_data"] = search_broken_data(learn)
+    learn = new_learner(device, path)
+    with learn.distrib_ctx(sync_bn=device.type == "cuda"):
+        result["fastest"] = str(learn.to_fastest(show_plot=False, budget=5).train_format)
+        learn.fit(1)
     result["shares"] = shares(device)
     if device.type == "cuda":
         result["graphs"] = all_graphs(device, path)

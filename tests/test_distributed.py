@@ -74,7 +74,12 @@ def test_processes_choose_the_same_format(done):
         and len(first["samples"]) == 2
         and "in process 0" in first["error"]
     )
-    assert done.stdout.count("Sequential (input shape") == 3  # one process prints, for each of the three searches
+    assert done.stdout.count("Sequential (input shape") == 4  # one process prints, for each of the four searches
+
+
+def test_processes_train_in_the_same_fastest_format(done):
+    first, *others = (result["fastest"] for result in results(done))
+    assert others and set(others) == {first}
 
 
 def test_process_that_fails_alone_where_none_waits_for_it(done):
