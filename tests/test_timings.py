@@ -344,9 +344,9 @@ def test_table_of_a_gpu_has_its_memory():
     assert "peak GB" in str(timings) and str(timings).count("2.50") == 2
 
 
-def test_best_and_now_may_be_the_same_row():
+def test_what_is_kept_is_marked():
     timings = new_timings({CONTIGUOUS: around(40), LAST: around(40)})
-    assert "now, best" in str(timings)
+    assert "now, kept" in str(timings)
 
 
 def test_repr_is_short_and_names_the_best(timings):

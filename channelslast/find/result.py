@@ -331,6 +331,8 @@ class FormatTimings(Sequence):
         return [*self._marks(row), *([row.note] if row.note else [])]
 
     def _marks(self, row: FormatTiming) -> list[str]:
+        if self.best == self.start:
+            return ["now", "kept"] if row.format == self.start else []
         return [word for word, fmt in (("now", self.start), ("best", self.best)) if row.format == fmt]
 
     def plot(
