@@ -111,12 +111,18 @@ class Search:
             candidate.busy_s = self.measure_busy(candidate)
 
     def is_unsteady(self, candidate: Candidate) -> bool:
-        "Whether to look at the steps once more: on a CPU others, or memory touched for the first time, slow them down."
+        """Wait for the other processes, and return whether to look at the steps once more.
+
+        On a CPU others, or memory that is touched for the first time, slow them down.
+        """
         ms = candidate.row.samples
         if self.device.type != "cpu" or candidate.row.note or not ms:
             return False
-        is_wide = self.processes.decide_together(max, max(ms) > UNSTEADY * candidate.least_ms)
-        return is_wide and self.budget.measure_left() > 2 * candidate.row.warmup_s + ROUNDS_SHARE * self.budget.seconds
+        decide = self.processes.decide_together
+        if not decide(max, max(ms) > UNSTEADY * candidate.least_ms):
+            return False
+        needed_s = 2 * decide(max, candidate.row.warmup_s) + ROUNDS_SHARE * self.budget.seconds
+        return self.budget.measure_left() > needed_s
 
     def look_again(self, candidate: Candidate) -> None:
         "Warm `candidate` up once more, and keep the steps of the shorter ones."
