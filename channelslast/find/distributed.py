@@ -1,5 +1,6 @@
 "The processes of distributed training: let them decide alike, and end together where one of them fails alone."
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,4 +124,7 @@ def training_processes(
     try:
         yield Processes(group)
     finally:
+        # Gloo's thread takes Python's lock to let go of what it sent last; PyTorch 2.6 waits for that thread with the
+        # lock held, for ever, where the group goes before that
+        time.sleep(0.1)
         dist.destroy_process_group(group)
