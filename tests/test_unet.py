@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import new_dls
 from fastai.callback.core import Callback
 from fastai.layers import ConvLayer, MergeLayer, NormType, PixelShuffle_ICNR, ResBlock
+from fastai.torch_core import ismin_torch
 from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastai.vision.models.unet import DynamicUnet
@@ -304,6 +305,7 @@ def test_summary_of_a_learner_says_so(new_learner, pads):
     assert learn.to_format("channels last bf16").format_summary().swapped.items() >= LAST_LAYERS.items()
 
 
+@pytest.mark.skipif(not ismin_torch("2.7"), reason="PyTorch 2.6 traces no change of a tensor's class")
 def test_it_compiles_in_one_graph(pads):
     model, images = new_unet(), new_images()
     counter = CompileCounterWithBackend("aot_eager")
