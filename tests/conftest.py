@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from channelslast import devices
+from channelslast.early_loss import EarlyLoss
 from channelslast.find import run
 from channelslast.memory_format import is_channels_last
 
@@ -175,6 +177,19 @@ def in_a_thread(function):
     "Call `function` in a thread of its own: what measures coverage uses `sys.settrace` in this one."
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function).result()
+
+
+class ReadsLoss(Callback):
+    "Has the loss read, and in several processes gathered, before the backward pass, as on a GPU in mixed precision."
+
+    order = 9
+
+    def before_backward(self):
+        self.early = EarlyLoss(self.learn)
+
+    def after_batch(self):
+        if self.training:
+            self.early.give(self.learn)
 
 
 def wrapped_adamw(params, **kwargs):

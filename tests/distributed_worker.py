@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import TinyNet
+from conftest import ReadsLoss, TinyNet
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -24,7 +24,6 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from channelslast.callback import ChannelsLast
-from channelslast.early_loss import EarlyLoss
 from channelslast.find import distributed, plan
 from channelslast.formats import TrainFormat
 from channelslast.graphs import CudaGraph, GraphedModule, callback
@@ -315,19 +314,6 @@ def train_stub(path, fails=False, cbs=()):
         "calls": [other.n_calls for other in others],
         "has_backward": "_backward" in vars(learn),
     }
-
-
-class ReadsLoss(Callback):
-    "Has the loss gathered before the backward pass, as on a GPU in mixed precision."
-
-    order = 9
-
-    def before_backward(self):
-        self.early = EarlyLoss(self.learn)
-
-    def after_batch(self):
-        if self.training:
-            self.early.give(self.learn)
 
 
 def early_loss(path):

@@ -1,21 +1,11 @@
 "The loss of a batch, read while the GPU goes on: the Recorder records what it does without."
 
 import pytest
+from conftest import ReadsLoss
 from fastai.callback.core import Callback
 from fastai.learner import AvgSmoothLoss
 
-from channelslast.early_loss import EarlyLoss, forget_early_loss
-
-
-class ReadsEarly(Callback):
-    order = 9
-
-    def before_backward(self):
-        self.early = EarlyLoss(self.learn)
-
-    def after_batch(self):
-        if self.training:
-            self.early.give(self.learn)
+from channelslast.early_loss import forget_early_loss
 
 
 class Doubles(Callback):
@@ -31,7 +21,7 @@ class Doubles(Callback):
 @pytest.mark.parametrize("cbs", [[], [lambda: Doubles(8)], [lambda: Doubles(10)]], ids=["alone", "before", "after"])
 def test_recorder_records_the_same(new_learner, cbs):
     recorded = []
-    for early in ([], [ReadsEarly()]):
+    for early in ([], [ReadsLoss()]):
         learn = new_learner()
         learn.fit(2, cbs=[*early, *[cb() for cb in cbs]])
         recorded.append(

@@ -10,6 +10,7 @@ from fastai.torch_core import num_distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from channelslast.fit import FIT_GOES_ON, LeanCallback
+from channelslast.graphs.ground import has_sync_norm
 from channelslast.graphs.module import GraphedModule
 from channelslast.graphs.replicas import Replicas
 
@@ -78,7 +79,7 @@ class CudaGraph(LeanCallback):
             reason = replicas.agree(replicas.reason or self.graphed.why_not(self.learn.xb), self.learn.xb)
             if reason is None:
                 self.replicas = replicas
-                self.graphed.captures_once = replicas.has_sync_norm
+                self.graphed.captures_once = has_sync_norm(replicas.module)
                 replicas.begin()
             else:
                 self._stop(reason, replicas)

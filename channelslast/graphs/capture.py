@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from channelslast.errors import raised_in
-from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, module_in_words, set_since
+from channelslast.graphs.ground import HOOKS, MEMBERS, Ground, has_sync_norm, module_in_words, set_since
 from channelslast.nested import map_tensors, tensors_in
 
 __all__ = ["Graph", "NotCapturedError", "capture", "check", "error_in_words"]
@@ -212,7 +212,7 @@ def _warm_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     its allocator in the state of a capture. (SyncBatchNorm waits, but not in a capture.)
     """
     _step(module, inputs)
-    if not any(isinstance(submodule, nn.SyncBatchNorm) for submodule in module.modules()):
+    if not has_sync_norm(module):
         mode = torch.cuda.get_sync_debug_mode()
         _set_sync_debug_mode("error")
         try:

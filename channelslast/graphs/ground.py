@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "MEMBERS", "Ground", "module_in_words", "set_since"]
+__all__ = ["HOOKS", "MEMBERS", "Ground", "has_sync_norm", "module_in_words", "set_since"]
 
 # Names of nn.Module's own dictionaries. One that a future PyTorch renames is not looked at: a test of each would fail.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -87,6 +87,13 @@ def set_since(
         if added := now.keys() - saved.keys() - computed:
             return f"`{min(added)}` of {module_in_words(name)}"
     return None
+
+
+def has_sync_norm(
+    module: nn.Module,
+) -> bool:
+    "Whether processes exchange statistics within `module`: so they have to capture together."
+    return any(isinstance(submodule, nn.SyncBatchNorm) for submodule in module.modules())
 
 
 def module_in_words(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from channelslast.graphs.ground import has_sync_norm
 from channelslast.nested import foreach, tensors_in
 
 __all__ = ["Replicas"]
@@ -45,11 +46,6 @@ class Replicas:
             return "embeddings have sparse gradients"
         return None
 
-    @property
-    def has_sync_norm(self) -> bool:
-        "Whether the processes exchange statistics within the module, so that they have to capture together."
-        return any(isinstance(module, nn.SyncBatchNorm) for module in self.module.modules())
-
     def agree(
         self,
         reason: str | None,  # why this process cannot use graphs
@@ -62,7 +58,7 @@ class Replicas:
         reasons, shapes = zip(*answers)
         if any(reasons):
             return next(filter(None, reasons))
-        if self.has_sync_norm and any(each != shapes[0] for each in shapes):
+        if has_sync_norm(self.module) and any(each != shapes[0] for each in shapes):
             return "the processes have inputs of different shapes, and exchange statistics"
         return None
 
