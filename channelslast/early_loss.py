@@ -7,8 +7,9 @@ from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import maybe_gather, num_distrib
 
 from channelslast.cpu_copy import CpuCopy
+from channelslast.fit import LeanCallback
 
-__all__ = ["EarlyLoss", "forget_early_loss"]
+__all__ = ["EarlyLoss", "ReadsLossEarly"]
 
 
 class EarlyLoss:
@@ -49,16 +50,30 @@ class EarlyLoss:
         smooth_loss.val = torch.lerp(self.copy.wait(), smooth_loss.val, smooth_loss.beta)
 
 
-def forget_early_loss(
-    learn: Learner,  # whose batch has ended before the Recorder took what `EarlyLoss.give` gave
-) -> None:
-    "Leave the Recorder as it is without an `EarlyLoss`."
-    smooth_loss = _smooth_loss(learn)
-    if smooth_loss is not None:
-        vars(smooth_loss).pop("accumulate", None)
-
-
 def _smooth_loss(learn: Learner) -> AvgSmoothLoss | None:
     "What the Recorder of `learn` averages losses with, if it is fastai's own."
     smooth_loss = getattr(vars(learn).get("recorder"), "smooth_loss", None)
     return smooth_loss if type(smooth_loss) is AvgSmoothLoss else None
+
+
+class ReadsLossEarly(LeanCallback):
+    "Base of callbacks that have the Recorder take the loss from an `EarlyLoss`, where the loss is on a GPU."
+
+    reads_loss = True  # one callback on a Learner does
+    early_loss: EarlyLoss | None = None
+
+    def before_backward(self):
+        if self.reads_loss and self.learn.loss.is_cuda:
+            self.early_loss = EarlyLoss(self.learn)
+
+    def after_batch(self):
+        early_loss, self.early_loss = self.early_loss, None
+        if early_loss is not None:
+            early_loss.give(self.learn)
+
+    def after_exception(self, error: BaseException):
+        "Leave the Recorder as it is without this, also where it did not take what `EarlyLoss.give` gave."
+        self.early_loss = None
+        smooth_loss = _smooth_loss(self.learn)
+        if smooth_loss is not None:
+            vars(smooth_loss).pop("accumulate", None)

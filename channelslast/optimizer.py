@@ -10,8 +10,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from torch import Tensor, nn
 
-from channelslast.early_loss import EarlyLoss, forget_early_loss
-from channelslast.fit import LeanCallback
+from channelslast.early_loss import ReadsLossEarly
 from channelslast.fused_forms import Fused, FusedLookahead, FusedSteps, plain_type
 from channelslast.fused_steps import names_of, why_no_kernel
 from channelslast.fused_torch import (
@@ -44,7 +43,7 @@ HAVE_FUSED_FORM = (
 # On a Learner
 
 
-class FusedOptimizer(LeanCallback):
+class FusedOptimizer(ReadsLossEarly):
     """Let the Learner's optimizer step with PyTorch's fused kernels while it trains; between epochs it is as it was.
 
     It trains as before, to rounding, with the same state and checkpoints. An optimizer without a fused form, put on the
@@ -58,8 +57,6 @@ class FusedOptimizer(LeanCallback):
     def __init__(self):
         super().__init__()
         self.seen_opt = None
-        self.reads_loss = False
-        self.early_loss: EarlyLoss | None = None
 
     def before_fit(self):
         # where a MixedPrecision is on the Learner, that one does, if it is ours
@@ -77,22 +74,12 @@ class FusedOptimizer(LeanCallback):
         else:
             fuse(opt)
 
-    def before_backward(self):
-        if self.reads_loss and self.learn.loss.is_cuda:
-            self.early_loss = EarlyLoss(self.learn)
-
-    def after_batch(self):
-        early_loss, self.early_loss = self.early_loss, None
-        if early_loss is not None:
-            early_loss.give(self.learn)
-
     def after_train(self):
         opt, self.seen_opt = self.seen_opt, None
         unfuse(opt)
 
     def after_exception(self, error: BaseException):
-        self.early_loss = None
-        forget_early_loss(self.learn)
+        super().after_exception(error)
         self.after_train()
 
 

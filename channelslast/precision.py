@@ -17,8 +17,8 @@ from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 
 from channelslast.devices import AMPMode, amp_mode_of, autocast_dtype, to_amp_mode, training_device
-from channelslast.early_loss import EarlyLoss, forget_early_loss
-from channelslast.fit import FIT_GOES_ON, LeanCallback, drop_gradients
+from channelslast.early_loss import ReadsLossEarly
+from channelslast.fit import FIT_GOES_ON, drop_gradients
 from channelslast.memory_format import with_wrapped
 from channelslast.optimizer import found_inf_reader, give_found_inf
 
@@ -28,7 +28,7 @@ __all__ = ["MixedPrecision"]
 MIXED_PRECISIONS = (FastaiMixedPrecision, NonNativeMixedPrecision, ModelToHalf)
 
 
-class MixedPrecision(LeanCallback, FastaiMixedPrecision):
+class MixedPrecision(ReadsLossEarly, FastaiMixedPrecision):
     """Train in mixed precision on every device that PyTorch's autocast runs on.
 
     A dtype that the device does not accelerate is replaced with a warning, see `autocast_dtype`. Takes the options of
@@ -38,7 +38,6 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     # Not made by `__init__`: a callback that fastai alone has pickled comes back as one of ours
     entered = ()
-    early_loss: EarlyLoss | None = None
 
     __signature__ = None  # fastai's class has one; without it `inspect` shows that of this `__init__`
 
@@ -105,20 +104,14 @@ class MixedPrecision(LeanCallback, FastaiMixedPrecision):
 
     def before_backward(self):
         super().before_backward()
-        self.early_loss = EarlyLoss(self.learn) if self.learn.loss.is_cuda else None
-
-    def after_batch(self):
-        early_loss, self.early_loss = self.early_loss, None
-        if early_loss is not None:
-            early_loss.give(self.learn)
+        FastaiMixedPrecision.before_backward(self)
 
     def after_exception(self, error: BaseException):
         "Put back what only the rest of the batch would have."
         for _, state in reversed(self.entered):
             state.restore()
         self.entered = []
-        self.early_loss = None
-        forget_early_loss(self.learn)
+        super().after_exception(error)
         self._forget_found_inf()
         if self.training and not isinstance(error, (*FIT_GOES_ON, CancelFitException)):
             self.learn.scaler = None

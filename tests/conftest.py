@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -23,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from channelslast import devices
-from channelslast.early_loss import EarlyLoss
+from channelslast.early_loss import EarlyLoss, ReadsLossEarly
 from channelslast.find import run
 from channelslast.memory_format import is_channels_last
 
@@ -179,17 +178,13 @@ def in_a_thread(function):
         return thread.submit(function).result()
 
 
-class ReadsLoss(Callback):
+class ReadsLoss(ReadsLossEarly):
     "Has the loss read, and in several processes gathered, before the backward pass, as on a GPU in mixed precision."
 
     order = 9
 
     def before_backward(self):
-        self.early = EarlyLoss(self.learn)
-
-    def after_batch(self):
-        if self.training:
-            self.early.give(self.learn)
+        self.early_loss = EarlyLoss(self.learn)
 
 
 def wrapped_adamw(params, **kwargs):
