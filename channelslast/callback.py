@@ -134,6 +134,8 @@ def _ambiguous(model: nn.Module) -> list[nn.Parameter]:
 
 def _as_in(stride: tuple[int, ...], grad: Tensor) -> Tensor:
     "`grad` with `stride`, where only dimensions of size 1 differ in it."
+    if grad.stride() == stride:
+        return grad
     differing = {size for size, a, b in zip(grad.shape, grad.stride(), stride) if a != b}
     return grad.as_strided(grad.shape, stride) if differing == {1} else grad
 

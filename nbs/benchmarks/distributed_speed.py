@@ -86,6 +86,8 @@ def learner_ends(
                 learn.fit(1, 1e-4, cbs=times)
         else:
             learn.fit(1, 1e-4, cbs=times)
+        if fmt.cuda_graph and learn.cuda_graph.reason:
+            raise RuntimeError(f"no CUDA graph: {learn.cuda_graph.reason}")
         yield times.ends
 
 
@@ -126,8 +128,8 @@ def measure(arch: str, bs: int, sync_bn: bool, compiled: bool, task: dict, devic
         (torch.randn(bs, 3, size, size, device=device), torch.randint(0, 1000, (bs,), device=device)) for _ in range(4)
     ]
     formats = {"compiled": COMPILED} if compiled else {"eager": EAGER}
-    if device.type == "cuda" and not compiled:
-        formats["graph"] = replace(EAGER, cuda_graph=True)
+    if device.type == "cuda":
+        formats["compiled, graph" if compiled else "graph"] = replace(*formats.values(), cuda_graph=True)
     name = "loop, compiled" if compiled else "loop"
     turns: dict[str, Iterator] = {name: loop_ends(arch, batches, sync_bn, compiled, counts, device)}
     for title, fmt in formats.items():
