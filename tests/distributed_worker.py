@@ -222,8 +222,8 @@ class HooksInOne(Callback):
             self.handle.remove()
 
 
-def train_graphs(device, path, amp_mode, sync_bn=False, model=None, cbs=()):
-    "Train twins, eager and replayed, and tell what differs."
+def train_graphs(device, path, amp_mode, compile=None, sync_bn=False, model=None, cbs=()):
+    "Train twins, eager and replayed, maybe compiled, and tell what differs."
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     seen = []
     for has_graph in (False, True):
@@ -231,7 +231,7 @@ def train_graphs(device, path, amp_mode, sync_bn=False, model=None, cbs=()):
         torch.manual_seed(rank_distrib())
         learn.model = model() if model else new_model()
         learn.opt_func, learn.n_replays = partial(SGD, mom=0.9), 0  # Adam makes whole steps of what is next to nothing
-        learn.to_format(TrainFormat(True, amp_mode, cuda_graph=has_graph, fused_optimizer=has_graph))
+        learn.to_format(TrainFormat(True, amp_mode, compile, True, True) if has_graph else TrainFormat(True, amp_mode))
         with learn.distrib_ctx(sync_bn=sync_bn), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             learn.fit(2, cbs=[*[cb() for cb in cbs], *[Counts()] * has_graph])
@@ -351,6 +351,7 @@ def all_graphs(device, path):
         "fp32": train_graphs(device, path, None),
         "fp16": train_graphs(device, path, "fp16"),
         "SyncBatchNorm": train_graphs(device, path, None, sync_bn=True),
+        "compiled": train_graphs(device, path, None, compile="default"),
         "hooks in one": train_graphs(device, path, None, cbs=[HooksInOne]),
         "waits in one": train_graphs(device, path, None, model=waits),
     }

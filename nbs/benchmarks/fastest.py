@@ -4,9 +4,10 @@
     python nbs/benchmarks/fastest.py --archs resnet50 mobilenetv3_large_100 --bs 128 --opt fused --compile --out c.json
     python nbs/benchmarks/fastest.py --device cpu --archs xresnet18 --bs 16 --size 128 --amp-mode bf16 --out cpu.json
 
-Each architecture is searched once, as a user would, with PyTorch's caches of compiled code cold. Then the pick, every
-candidate that was not far slower and fastai's own are timed again, in rounds of all of them. What fits not in
-`--seconds` is left out; the same command with the same `--out` goes on with it.
+Each architecture is searched once, as a user would, with PyTorch's caches of compiled code cold; with `--compile` a
+second time without compiling, in the same process. Then the picks, every candidate that was not far slower and fastai's
+own are timed again, in rounds of all of them. What fits not in `--seconds` is left out; the same command with the same
+`--out` goes on with it.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 
 from channelslast.cli.record import made_with, row_record, timings_record
-from channelslast.find.result import FormatTimings
 from channelslast.find.run import find_format
 from channelslast.find.stages import fixed_stage
 from channelslast.fit import FitDone
@@ -54,7 +54,7 @@ def measure(arch: str, args: argparse.Namespace, device: torch.device) -> dict:
     timings = learn.format_find(compile=args.compile, show_plot=False)
     seconds = time.perf_counter() - started
     rows = sorted((row for row in timings if not row.error), key=lambda row: row.ms)  # the fastest cut the others short
-    plain = FormatTimings([row for row in timings if not row.format.compile], timings.start).best
+    plain = learn.format_find(show_plot=False).best if args.compile else timings.best
     close = [row.format for row in rows if row.ms <= CLOSE * timings.best_row.ms]
     formats = list(dict.fromkeys([*close, timings.best, plain, timings.start]))
     own = fastais_own(args.amp_mode)
