@@ -127,6 +127,15 @@ def test_gain_is_found(ms, noise, n_rounds, found):
     assert share_of(SIX[-1], ms, noise, n_rounds) >= found
 
 
+@pytest.mark.parametrize(
+    "n_rounds, first_ms, best", [(2, 40, LAST), (2, 80, CONTIGUOUS), (3, 40, CONTIGUOUS), (1, 40, LAST)]
+)
+def test_first_steps_count_where_rounds_are_too_few_to_prove_anything(n_rounds, first_ms, best):
+    timings = new_timings({CONTIGUOUS: [100, 140, 95][:n_rounds], LAST: [70, 60, 90][:n_rounds]})
+    timings[0].first_samples, timings[1].first_samples = around(100), around(first_ms)
+    assert timings.best == best
+
+
 def test_best_where_the_format_of_the_learner_fails():
     timings = new_timings({CONTIGUOUS: "out of memory", LAST: around(50), LAST_BF16: around(50)})
     assert timings.best == LAST and isnan(timings[1].speedup)

@@ -5,11 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import t, ttest_ind, ttest_rel
 
-__all__ = ["LEVEL", "FLOOR", "FAR", "N_ROUNDS", "MOST_ROUNDS", "is_proved_faster", "is_far_faster", "n_rounds_to_prove"]
+__all__ = [
+    "LEVEL",
+    "FLOOR",
+    "FAR",
+    "MIN_ROUNDS",
+    "N_ROUNDS",
+    "MOST_ROUNDS",
+    "is_proved_faster",
+    "is_far_faster",
+    "n_rounds_to_prove",
+]
 
 LEVEL = 0.025  # the chance of a wrong choice, of all candidates together, where all are equal
 FLOOR = 1.01  # times as fast: who gains less gains nothing
 FAR = 1.5  # the same by the steps of one fit: fits at different times differ by up to 15% on a shared machine
+MIN_ROUNDS = 3  # fewer prove next to nothing
 N_ROUNDS = 10  # as many as prove a small gain; a budget that is named buys more
 MOST_ROUNDS = 40  # that a search makes
 

@@ -1,6 +1,5 @@
 "Fits of a Learner in one candidate's format after the other, after each of which it is as before."
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from channelslast.devices import training_device
 from channelslast.find.candidates import Candidate
 from channelslast.find.distributed import EndedElsewhere, Processes
 from channelslast.find.errors import drop_tensors
+from channelslast.find.garbage import Garbage
 from channelslast.find.memory import GpuMemory
 from channelslast.find.steps import NO_NUMBER, TimedSteps, WarmUp
 from channelslast.fit import FitDone
@@ -27,9 +27,10 @@ class Fits:
         processes: Processes,
         memory: GpuMemory,
         put_tensors_back: Callable[[], None],  # to what they were before the search
+        garbage: Garbage,
     ):
         self.learn, self.batches, self.processes = learn, batches, processes
-        self.memory, self.put_tensors_back = memory, put_tensors_back
+        self.memory, self.put_tensors_back, self.garbage = memory, put_tensors_back, garbage
         self.device = training_device(learn)
 
     def train(
@@ -72,9 +73,11 @@ class Fits:
             drop_tensors(failure)
             candidate.raised = failure
         failure = None
-        if error or candidate.has_graphs:
-            gc.collect()  # graphs, and the frames of an error, stand in reference cycles
-        is_all = error is not None or candidate.has_graphs or new_steps is WarmUp
+        is_warm_up = new_steps is WarmUp
+        # graphs, and the frames of an error, stand in reference cycles; and what a compiler has made stays
+        if error or candidate.has_graphs or (candidate.is_compiled and is_warm_up):
+            self.garbage.collect()
+        is_all = error is not None or candidate.has_graphs or is_warm_up
         self.memory.give_back(is_all)
         return steps, error
 

@@ -5,11 +5,10 @@ from math import ceil
 import torch
 
 from channelslast.find.candidates import Candidate
-from channelslast.find.evidence import MOST_ROUNDS, N_ROUNDS
+from channelslast.find.evidence import MIN_ROUNDS, MOST_ROUNDS, N_ROUNDS
 
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
-MIN_ROUNDS = 3  # fewer prove nothing but a very large gain
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
 ROUNDS_SHARE = 0.3  # of the budget, kept for rounds

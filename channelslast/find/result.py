@@ -79,8 +79,8 @@ class FormatTimings(Sequence):
         The proof is a paired one-sided t-test on the rounds, that a format is more than `FLOOR` times as fast, at
         `LEVEL` divided by the number of candidates (Bonferroni): where all are equal, the chance of another choice
         stays below `LEVEL`. Of two formats that are both faster than that, the one that changes less, unless the test
-        (at 5%) finds the other faster. Only what was timed in the rounds can be chosen; where no time was left for any,
-        what is more than `FAR` times as fast in its first steps.
+        (at 5%) finds the other faster. Only what was timed in the rounds can be chosen; where there was time for
+        less than `MIN_ROUNDS`, also what is more than `FAR` times as fast in its first steps.
         """
         return self.best_row.format
 

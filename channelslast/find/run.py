@@ -18,6 +18,7 @@ from channelslast.devices import FP32
 from channelslast.find.budget import Budget, check_budget
 from channelslast.find.candidates import Candidate
 from channelslast.find.distributed import training_processes
+from channelslast.find.garbage import Garbage
 from channelslast.find.result import FormatTimings
 from channelslast.find.search import Search
 from channelslast.find.stages import Stage, new_stages
@@ -93,10 +94,12 @@ def find_format(
         _progress_bar(learn) as progress,
         unchanged_learner(learn) as put_tensors_back,
         room_for_compiled(any(stage.compiles for stage in stages)),
-        _quick_collections(),
+        Garbage() as garbage,
     ):
         time_left = Budget(budget, processes)
-        search = Search(learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back)
+        search = Search(
+            learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back, garbage
+        )
         search.run()
         return search.finish()
 
@@ -155,20 +158,6 @@ def room_for_compiled(is_on: bool) -> Iterator[None]:
         finally:
             torch.compiler.reset()  # else they would count against the limit; and CUDA graphs hold memory
             gc.collect()
-
-
-@contextmanager
-def _quick_collections() -> Iterator[None]:
-    "Let garbage collections, of which a search makes many, look at what comes in it alone."
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
+from channelslast.find.garbage import Garbage
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import (
     LIMIT_SHARE,
@@ -51,10 +52,11 @@ class Search:
         processes: Processes,
         progress: Callable[[float, str], None],  # takes a share between 0 and 1, and a comment
         put_tensors_back: Callable[[], None],
+        garbage: Garbage,
     ):
         self.learn, self.stages, self.comparisons, self.start = learn, stages, comparisons, start
         self.budget, self.processes = budget, processes
-        self.progress, self.put_tensors_back = progress, put_tensors_back
+        self.progress, self.put_tensors_back, self.garbage = progress, put_tensors_back, garbage
         self.device = training_device(learn)
         self.memory = GpuMemory(learn, self.device)
         self.candidates: list[Candidate] = []
@@ -82,7 +84,7 @@ class Search:
             raise failure or RuntimeError(reason)
         self.data_items_per_s = self.processes.decide_together(sum, items_per_s)
         self.n_items = self.processes.decide_together(sum, n_items_in(batches[0]))
-        self.fits = Fits(self.learn, batches, self.processes, self.memory, self.put_tensors_back)
+        self.fits = Fits(self.learn, batches, self.processes, self.memory, self.put_tensors_back, self.garbage)
 
     def new_candidates(self, stage: Stage) -> list[Candidate]:
         "Return the candidates of `stage` that no stage before had, and in the first stage the comparisons."
@@ -227,7 +229,7 @@ class Search:
         self.n_steps = choose_n_steps(finalists, left, self.device)
         self.round_s = round_s(finalists, self.n_steps, self.device)
         for candidate in finalists:
-            candidate.row.samples = []
+            candidate.row.first_samples, candidate.row.samples = candidate.row.samples, []
         n_rounds = 0
         while not is_enough(n_rounds, self.budget.asked is not None) and left > 0.9 * self.round_s:
             for candidate in finalists[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none

@@ -25,6 +25,7 @@ class FormatTiming:
     error: str | None = None  # why this candidate could not train, or was not tried
     note: str | None = None  # why its samples are single steps of one fit, and it was not timed in the rounds
     is_tried: bool = True
+    first_samples: list[float] = field(default_factory=list, repr=False)  # of single steps of one fit before the rounds
 
     @property
     def ms(self) -> float:

@@ -1,0 +1,47 @@
+"Garbage collections in a search pass over what has outlived the last one, and all is as before after it."
+
+import gc
+import weakref
+
+import pytest
+
+from channelslast.find.garbage import Garbage
+
+
+class Node:
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.fixture
+def nothing_frozen():
+    "The tests' own fixture has frozen what libraries hold."
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen):
+    with pytest.raises(KeyError), Garbage() as garbage:
+        n_frozen = gc.get_freeze_count()
+        kept, dropped = Node(), weakref.ref(Node())
+        garbage.collect()
+        assert dropped() is None and gc.get_freeze_count() > n_frozen > 0
+        outlived = weakref.ref(kept)
+        del kept
+        garbage.collect()
+        assert outlived() is not None
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert outlived() is None
+
+
+def test_what_others_have_frozen_stays_so(nothing_frozen):
+    gc.freeze()
+    n_frozen = gc.get_freeze_count()
+    with Garbage() as garbage:
+        dropped = weakref.ref(Node())
+        garbage.collect()
+        assert dropped() is None
+    assert 0 < gc.get_freeze_count() <= n_frozen
