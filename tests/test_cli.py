@@ -345,10 +345,10 @@ def test_find_on_a_folder_of_images(find, digits_folder):
         (["resnet18", "--opt", "adagrad"], "--opt adagrad: pass one of adam, fused"),
         (["resnet18", "--bs", "0"], "--bs 0: pass a number above 0"),
         (["resnet18", "--budget", "-1"], "--budget -1.0: pass a number above 0"),
-        (["resnet18", "--formats", "fp16"], "--formats 'fp16': fmt='fp16' is no format: did you mean "),
+        (["resnet18", "--formats", "fp16"], "--formats 'fp16': 'fp16' is no format: did you mean "),
         (
             ["resnet18", "--formats", "contiguous fp32,"],
-            "--formats 'contiguous fp32,': fmt='' is no format: did you mean ",
+            "--formats 'contiguous fp32,': '' is no format: did you mean ",
         ),
         (["resnet18", "--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json: there is no such"),
         (["resnet18", "--plot", "/no/such/folder/a.png"], "--plot /no/such/folder/a.png: there is no such"),

@@ -75,9 +75,9 @@ def to_formats(
     if names is None:
         return None
     try:
-        return [to_train_format(name) for name in names.split(",")]
+        return [to_train_format(name.strip()) for name in names.split(",")]
     except ValueError as error:
-        raise IllegalValue("formats", repr(names), str(error)) from None
+        raise IllegalValue("formats", repr(names), str(error).removeprefix("fmt=")) from None
 
 
 def measure_again(
