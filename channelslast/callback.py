@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.learner import Learner
@@ -134,7 +135,7 @@ def _ambiguous(model: nn.Module) -> list[nn.Parameter]:
 
 def _as_in(stride: tuple[int, ...], grad: Tensor) -> Tensor:
     "`grad` with `stride`, where only dimensions of size 1 differ in it."
-    if grad.stride() == stride:
+    if grad.stride() == stride:  # as most are
         return grad
     differing = {size for size, a, b in zip(grad.shape, grad.stride(), stride) if a != b}
     return grad.as_strided(grad.shape, stride) if differing == {1} else grad
@@ -153,7 +154,14 @@ def convert_learner(
 ) -> None:
     "Put the model of `learn`, its gradients and the optimizer state in channels last (or contiguous) format."
     module_to_memory_format(learn.model, channels_last)
-    for opt in with_wrapped(learn.opt):
+    convert_optimizer(learn.opt)
+
+
+def convert_optimizer(
+    optimizer: Any,  # of fastai's, or None
+) -> None:
+    "Give the state of `optimizer`, and of one that it wraps, the memory format of the parameters it belongs to."
+    for opt in with_wrapped(optimizer):
         optimizer_to_memory_format(opt)
         if isinstance(opt, Lookahead) and opt.slow_weights is not None:
             for slow_weights, params in zip(opt.slow_weights, opt.param_lists):

@@ -1,7 +1,8 @@
 "What memory format a tensor is in, and how to convert tensors, batches, modules and optimizer state."
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,6 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def module_to_memory_format(
     module: nn.Module,
     channels_last: bool = True,  # False: contiguous
@@ -189,11 +189,28 @@ def module_to_memory_format(
     """
     check_type("module", module, nn.Module)
     check_type("channels_last", channels_last, bool)
-    for tensor, data in _with_new_data(module, channels_last):
-        tensor.data = data
+    _set_formats([(tensor, channels_last) for tensor in _free_tensors(module)])
+    return module
+
+
+def memory_formats_kept(
+    module: nn.Module,
+) -> Callable[[], None]:
+    """Return a function that puts `module` back in the memory format that it has now.
+
+    That is its 4D and 5D parameters and buffers, each in its own format, in place, as `module_to_memory_format` does.
+    """
+    return partial(_set_formats, [(tensor, is_channels_last(tensor)) for tensor in _free_tensors(module)])
+
+
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
+def _set_formats(formats: list[tuple[Tensor, bool]]) -> None:
+    "Put each tensor in channels last format, or contiguous where that is False."
+    converted: dict[tuple, Tensor] = {}
+    for tensor, channels_last in formats:
+        tensor.data = _convert_once(tensor.data, channels_last, converted)
         if isinstance(tensor, nn.Parameter):
             match_strides(tensor.grad, tensor)
-    return module
 
 
 @contextmanager
@@ -201,26 +218,22 @@ def contiguous_weights(
     module: nn.Module,
 ) -> Iterator[None]:
     "Parameters and buffers of `module` are contiguous inside, and lie in the memory that they had again after it."
-    tensors = list(_with_new_data(module, channels_last=False))
-    before = [(tensor, tensor.data) for tensor, _ in tensors]
+    before = [(tensor, tensor.data) for tensor in _free_tensors(module)]
+    converted: dict[tuple, Tensor] = {}
     try:
-        for tensor, data in tensors:
-            tensor.data = data
+        for tensor, data in before:
+            tensor.data = _convert_once(data, False, converted)
         yield
     finally:
         for tensor, data in before:
             tensor.data = data
 
 
-def _with_new_data(module: nn.Module, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    "Yield the 4D and 5D parameters and buffers of `module`, each with the data to give it."
+def _free_tensors(module: nn.Module) -> list[Tensor]:
+    "The 4D and 5D parameters and buffers of `module` that may be given other strides."
     tensors = _tensors(module)
     entangled = _entangled(tensors)
-    converted: dict[tuple, Tensor] = {}
-    for tensor in tensors:
-        if tensor.ndim in CHANNELS_LAST:
-            stays = id(tensor) in entangled
-            yield tensor, tensor.data if stays else _convert_once(tensor.data, channels_last, converted)
+    return [tensor for tensor in tensors if tensor.ndim in CHANNELS_LAST and id(tensor) not in entangled]
 
 
 def _entangled(tensors: Iterable[Tensor]) -> set[int]:

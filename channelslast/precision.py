@@ -103,7 +103,7 @@ class MixedPrecision(ReadsLossEarly, FastaiMixedPrecision):
         self.after_loss()
 
     def before_backward(self):
-        super().before_backward()
+        super().before_backward()  # `ReadsLossEarly`'s, of the loss before it is scaled
         FastaiMixedPrecision.before_backward(self)
 
     def after_exception(self, error: BaseException):

@@ -81,6 +81,14 @@ def pytest_sessionfinish():
     gc.unfreeze()  # or libraries report at exit what they take for leaks
 
 
+@pytest.fixture
+def nothing_frozen():
+    "As where no test has frozen what libraries hold."
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(42)

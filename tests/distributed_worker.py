@@ -22,6 +22,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import rank_distrib
 from torch import nn
+from torch._dynamo.utils import counters
 
 from channelslast.callback import ChannelsLast
 from channelslast.find import distributed, plan
@@ -226,6 +227,7 @@ def train_graphs(device, path, amp_mode, compile=None, sync_bn=False, model=None
     "Train twins, eager and replayed, maybe compiled, and tell what differs."
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     seen = []
+    n_compiled = counters["stats"]["unique_graphs"]
     for has_graph in (False, True):
         learn = new_learner(device, path)
         torch.manual_seed(rank_distrib())
@@ -243,6 +245,7 @@ def train_graphs(device, path, amp_mode, compile=None, sync_bn=False, model=None
     dist.all_gather(everywhere, own_weights)
     return {
         "n_replays": learn.n_replays,
+        "n_compiled": counters["stats"]["unique_graphs"] - n_compiled,
         "reason": learn.cuda_graph.reason,
         "warned": [str(each.message) for each in caught if "CUDA graph" in str(each.message)],
         "stride_warnings": sum("Grad strides" in str(each.message) for each in caught),

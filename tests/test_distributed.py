@@ -152,6 +152,7 @@ def test_replays_train_as_distributed_data_parallel_does(on_gpus, name):
         found = result["graphs"][name]
         assert found["reason"] is None and found["n_replays"] > 0 and not found["warned"]
         assert found["is_same_everywhere"] and found["n_hooks"] == found["stride_warnings"] == 0
+        assert (found["n_compiled"] > 0) == (name == "compiled")
         tolerance = 1e-3 if name in ("fp16", "compiled") else 1e-4
         assert max(found["losses"], found["values"], found["weights"]) < tolerance, found
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from channelslast.find.batches import N_BATCHES, load_batches, n_items_in
 from channelslast.find.budget import Budget
-from channelslast.find.candidates import Candidate, new_candidate, why_not
+from channelslast.find.candidates import Candidate, why_not
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.plan import split_by_time
@@ -41,6 +41,7 @@ from channelslast.find.stages import fixed_stage, new_stages
 from channelslast.find.steps import ProfiledStep, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
+from channelslast.nested import tensors_in
 from channelslast.zoo import fused_adamw
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
@@ -118,6 +119,44 @@ def test_what_is_hopeless_is_not_timed_in_the_rounds(timed):
         assert "times the fastest" in timings.row(fmt).note and len(timings.row(fmt).samples) == 4
     for fmt in (LAST_BF16, CONTIGUOUS, LAST_BF16_FUSED):  # among them what the Learner has, however slow
         assert timings.row(fmt).note is None and len(timings.row(fmt).samples) == 3
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["contiguous", "channels last by hand"])
+def test_own_format_is_timed_with_weights_as_they_lay_before(new_learner, bf16_cpu, by_hand):
+    class Watches(Callback):
+        order = 100
+
+        def before_batch(self):
+            if self.learn.train_format == CONTIGUOUS:
+                tensors = [*self.model.parameters(), *tensors_in([*self.opt.state.values()])]
+                seen.update(is_channels_last(tensor) for tensor in tensors if tensor.ndim == 4)
+
+    seen = set()
+    learn = new_learner(cbs=Watches())
+    learn.model.to(memory_format=torch.channels_last if by_hand else torch.contiguous_format)
+    learn.fit(1)  # the optimizer has state
+    seen.clear()
+    timings = learn.format_find([LAST], show_plot=False)
+    assert seen == {by_hand} and len(timings.row(CONTIGUOUS).samples) == 3
+
+
+def test_first_steps_are_kept_beside_the_rounds(timed):
+    timings = timed.format_find(show_plot=False)
+    assert [len(row.first_samples) for row in timings] == [0 if row.note else 4 for row in timings]
+    assert timings.row(CONTIGUOUS).first_samples == pytest.approx([40] * 4)
+
+
+def test_nothing_stays_frozen_after_a_search(learn, bf16_cpu, nothing_frozen):
+    class Fails(Callback):
+        def before_batch(self):
+            n_frozen.append(gc.get_freeze_count())
+            if self.learn.train_format == LAST:
+                raise KeyError("no")
+
+    n_frozen = []
+    assert learn.add_cb(Fails()).format_find(show_plot=False).row(LAST).error.startswith("KeyError")
+    assert min(n_frozen) > 0 and len(set(n_frozen)) > 1  # more after the error
+    assert gc.get_freeze_count() == 0
 
 
 def test_fused_steps_that_pay_are_found(timed, clock):
@@ -1229,7 +1268,7 @@ def test_precision_without_a_name_stays(new_learner, plain_cpu):
     learn = new_learner()
     learn.to_non_native_fp16()
     before = {type(cb) for cb in learn.cbs}
-    new_candidate(CONTIGUOUS, torch.device("cpu"), is_own=True, is_set=True).prepare(learn)
+    Fits(learn, [], None, None, None, None).put_format_back(learn)
     assert {type(cb) for cb in learn.cbs} == before
 
 

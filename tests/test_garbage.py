@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from channelslast.find.garbage import Garbage
+from channelslast.find.garbage import quick_collections
 
 
 class Node:
@@ -13,23 +13,15 @@ class Node:
         self.itself = self
 
 
-@pytest.fixture
-def nothing_frozen():
-    "The tests' own fixture has frozen what libraries hold."
-    gc.unfreeze()
-    yield
-    gc.freeze()
-
-
 def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen):
-    with pytest.raises(KeyError), Garbage() as garbage:
+    with pytest.raises(KeyError), quick_collections() as collect:
         n_frozen = gc.get_freeze_count()
         kept, dropped = Node(), weakref.ref(Node())
-        garbage.collect()
+        collect()
         assert dropped() is None and gc.get_freeze_count() > n_frozen > 0
         outlived = weakref.ref(kept)
         del kept
-        garbage.collect()
+        collect()
         assert outlived() is not None
         raise KeyError
     assert gc.get_freeze_count() == 0
@@ -40,8 +32,8 @@ def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen)
 def test_what_others_have_frozen_stays_so(nothing_frozen):
     gc.freeze()
     n_frozen = gc.get_freeze_count()
-    with Garbage() as garbage:
+    with quick_collections() as collect:
         dropped = weakref.ref(Node())
-        garbage.collect()
+        collect()
         assert dropped() is None
     assert 0 < gc.get_freeze_count() <= n_frozen

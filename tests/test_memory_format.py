@@ -21,6 +21,7 @@ from channelslast.memory_format import (
     conv_ndims,
     get_memory_format,
     is_channels_last,
+    memory_formats_kept,
     module_ndims,
     module_to_memory_format,
     optimizer_to_memory_format,
@@ -340,6 +341,24 @@ def test_parameter_and_a_part_of_it_go_on_sharing_memory(how, channels_last):
     assert (part == 7).all() and (model[3].weight == 7).all()
     assert model[0].weight is whole and model[1].weight is part
     assert is_channels_last(model[2].weight) is channels_last
+
+
+def test_formats_that_are_kept_come_back():
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3) for _ in range(4)])
+    model[1].to(memory_format=torch.channels_last)
+    model[2].weight.data = model[1].weight.data
+    model[3].weight = nn.Parameter(model[0].weight.data[1:3])
+    before = [conv.weight.detach().clone() for conv in model]
+    put_back = memory_formats_kept(model)
+    for channels_last in (True, False):
+        module_to_memory_format(model, channels_last)
+        model[1].weight.grad = torch.ones_like(model[1].weight)
+        put_back()
+        assert [is_channels_last(conv.weight) for conv in model] == [False, True, True, False]
+        assert is_channels_last(model[1].weight.grad)
+        assert model[1].weight.data_ptr() == model[2].weight.data_ptr()
+        assert model[3].weight.data_ptr() == model[0].weight[1].data_ptr()
+        assert all(torch.equal(conv.weight, values) for conv, values in zip(model, before))
 
 
 def test_parameters_side_by_side_in_one_memory_are_converted():

@@ -366,6 +366,22 @@ def test_arrays(array):
     assert module.held["array"] is array and repr(array) == before
 
 
+class WithoutDict:
+    "As an object of a class that is compiled: there is room for attributes, and none."
+
+    @property
+    def __dict__(self):
+        raise AttributeError
+
+
+def test_object_that_has_no_attributes_where_its_class_has_room_for_them(learn):
+    learn.held = held = WithoutDict()
+    assert type(held).__dictoffset__
+    with unchanged_learner(learn):
+        learn.held = None
+    assert learn.held is held
+
+
 @pytest.mark.parametrize("holder", [Callback, nn.Linear])
 def test_objects_with_slots(learn, holder):
     held = holder() if holder is Callback else holder(1, 1)

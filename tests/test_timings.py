@@ -128,12 +128,21 @@ def test_gain_is_found(ms, noise, n_rounds, found):
 
 
 @pytest.mark.parametrize(
-    "n_rounds, first_ms, best", [(2, 40, LAST), (2, 80, CONTIGUOUS), (3, 40, CONTIGUOUS), (1, 40, LAST)]
+    "rounds, first_ms, best",
+    [
+        ([70], 40, LAST),
+        ([70, 60], 40, LAST),
+        ([70, 60], 80, CONTIGUOUS),  # not far faster in its first steps
+        ([70, 140], 40, CONTIGUOUS),  # a round does not agree
+        ([70, 60, 90], 40, CONTIGUOUS),  # enough rounds to prove it, if it is so
+    ],
 )
-def test_first_steps_count_where_rounds_are_too_few_to_prove_anything(n_rounds, first_ms, best):
-    timings = new_timings({CONTIGUOUS: [100, 140, 95][:n_rounds], LAST: [70, 60, 90][:n_rounds]})
+def test_first_steps_count_where_rounds_are_too_few_to_prove_anything(rounds, first_ms, best):
+    timings = new_timings({CONTIGUOUS: [100, 140, 95][: len(rounds)], LAST: rounds})
     timings[0].first_samples, timings[1].first_samples = around(100), around(first_ms)
     assert timings.best == best
+    words = f" in {len(rounds)} round{'s' * (len(rounds) > 1)}, and in its first steps."
+    assert (words in timings.verdict) == (best == LAST)
 
 
 def test_best_where_the_format_of_the_learner_fails():

@@ -84,6 +84,7 @@ def row_record(
         "format": str(row.format),
         **numbers,
         "samples": [round(ms, 3) for ms in row.samples],
+        "first_samples": [round(ms, 3) for ms in row.first_samples],
         "error": row.error,
         "note": row.note,
     }

@@ -68,15 +68,10 @@ def new_candidate(
     fmt: TrainFormat,
     device: torch.device,
     is_own: bool,  # with which the others are compared
-    is_set: bool,  # the Learner is in it
+    prepare: Callable[[Learner], Any] | None = None,  # puts a Learner into it; None: `Learner.to_format`
 ) -> Candidate:
     "Return a candidate, with an error if the device would train in another format."
-    error = None if is_own else why_not(fmt, device)
-    return Candidate(fmt, _leave if is_set else None, error, is_own=is_own)
-
-
-def _leave(learn: Learner) -> None:
-    "Leave a Learner as it is, also in a precision for which `TrainFormat` has no name."
+    return Candidate(fmt, prepare, None if is_own else why_not(fmt, device), is_own=is_own)
 
 
 def why_not(

@@ -1,6 +1,6 @@
 "Which of several timed formats to train in, by evidence."
 
-from channelslast.find.evidence import LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
+from channelslast.find.evidence import FLOOR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
@@ -16,30 +16,42 @@ def choose_row(
     """Return the fastest of the rows that are proved faster than `start`, or `start` where none is.
 
     Of two that are both faster than `start`, the one that changes less, unless the test finds the other faster. Where
-    `start` cannot train any other is better; where it was not timed in the rounds, or in fewer than `MIN_ROUNDS`, its
-    first steps can prove it, see `is_far_faster`; where it was not tried, nothing is known.
+    `start` cannot train any other is better; where it was not tried, nothing is known.
     """
     if not start.is_tried:
         return start
     has_rounds = not start.note
-
-    def is_faster(row: FormatTiming, other: FormatTiming, level: float) -> bool:
-        if not has_rounds:
-            return is_far_faster(row.samples, other.samples, level)
-        is_far = len(row.samples) < MIN_ROUNDS and is_far_faster(row.first_samples, other.first_samples, level)
-        return is_far or is_proved_faster(row.samples, other.samples, level)
-
     able = [row for row in rows if row is not start and (is_comparable(row) if has_rounds else not row.error)]
     if not start.error:
         level = level_of(rows)
-        able = [row for row in able if is_faster(row, start, level)]
+        able = [row for row in able if _is_faster(row, start, level, has_rounds)]
     elif not able:  # nor was any other timed in the rounds
         able = [row for row in rows if not row.error]
     if not able:
         return start
     fastest = min(able, key=lambda row: row.ms)
-    equal = [row for row in able if not is_faster(fastest, row, AMONG_FASTER)]
+    equal = [row for row in able if not _is_faster(fastest, row, AMONG_FASTER, has_rounds)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
+
+
+def _is_faster(
+    row: FormatTiming,
+    other: FormatTiming,
+    level: float,  # the chance of being wrong where both are equal
+    has_rounds: bool = True,  # False: the samples are first steps
+) -> bool:
+    """Whether `row` is proved faster than `other`, by the rounds.
+
+    Where there was time for none, the first steps have to prove it, see `is_far_faster`. Where there was for fewer than
+    `MIN_ROUNDS`, they can, if each round agrees.
+    """
+    if not has_rounds:
+        return is_far_faster(row.samples, other.samples, level)
+    if is_proved_faster(row.samples, other.samples, level):
+        return True
+    if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level):
+        return False
+    return all(FLOOR * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
 
 
 def is_comparable(

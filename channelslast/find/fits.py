@@ -5,15 +5,16 @@ from typing import Any
 
 from fastai.learner import Learner
 
+from channelslast.callback import convert_optimizer
 from channelslast.devices import training_device
 from channelslast.find.candidates import Candidate
 from channelslast.find.distributed import EndedElsewhere, Processes
 from channelslast.find.errors import drop_tensors
-from channelslast.find.garbage import Garbage
 from channelslast.find.memory import GpuMemory
 from channelslast.find.steps import NO_NUMBER, TimedSteps, WarmUp
 from channelslast.fit import FitDone
 from channelslast.graphs import CudaGraph
+from channelslast.memory_format import memory_formats_kept
 from channelslast.restore import unchanged_learner
 
 
@@ -27,11 +28,20 @@ class Fits:
         processes: Processes,
         memory: GpuMemory,
         put_tensors_back: Callable[[], None],  # to what they were before the search
-        garbage: Garbage,
+        collect_garbage: Callable[[], None],
     ):
         self.learn, self.batches, self.processes = learn, batches, processes
-        self.memory, self.put_tensors_back, self.garbage = memory, put_tensors_back, garbage
+        self.memory, self.put_tensors_back, self.collect_garbage = memory, put_tensors_back, collect_garbage
         self.device = training_device(learn)
+        self.put_model_back = memory_formats_kept(learn.model)
+
+    def put_format_back(
+        self,
+        learn: Learner,
+    ) -> None:
+        "Leave `learn` as it was before the search, also in a precision for which `TrainFormat` has no name."
+        self.put_model_back()
+        convert_optimizer(learn.opt)
 
     def train(
         self,
@@ -74,9 +84,10 @@ class Fits:
             candidate.raised = failure
         failure = None
         is_warm_up = new_steps is WarmUp
-        # graphs, and the frames of an error, stand in reference cycles; and what a compiler has made stays
+        # Graphs, and the frames of an error, stand in reference cycles. What a compiler has made stays, and is passed
+        # over from then on.
         if error or candidate.has_graphs or (candidate.is_compiled and is_warm_up):
-            self.garbage.collect()
+            self.collect_garbage()
         is_all = error is not None or candidate.has_graphs or is_warm_up
         self.memory.give_back(is_all)
         return steps, error

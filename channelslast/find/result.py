@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 
 from channelslast.find.choice import AMONG_FASTER, changes, choose_row, is_comparable, level_of
 from channelslast.find.errors import shorten
-from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
+from channelslast.find.evidence import FLOOR, MIN_ROUNDS, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.picture import picture_size, plot_bars
-from channelslast.find.timing import FormatTiming, in_steps
+from channelslast.find.timing import FormatTiming, in_rounds, in_steps
 from channelslast.formats import TrainFormat
 from channelslast.notebook import cell, image_html, show
 
@@ -80,7 +80,7 @@ class FormatTimings(Sequence):
         `LEVEL` divided by the number of candidates (Bonferroni): where all are equal, the chance of another choice
         stays below `LEVEL`. Of two formats that are both faster than that, the one that changes less, unless the test
         (at 5%) finds the other faster. Only what was timed in the rounds can be chosen; where there was time for
-        less than `MIN_ROUNDS`, also what is more than `FAR` times as fast in its first steps.
+        fewer than `MIN_ROUNDS`, first steps that are more than `FAR` times as fast count too.
         """
         return self.best_row.format
 
@@ -161,6 +161,8 @@ class FormatTimings(Sequence):
             words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}"
             if start.note:
                 words += f" in a few steps; there was no time for rounds{self._more_time(None)}"
+            elif len(best.samples) < MIN_ROUNDS and not start.error:
+                words += f" in {in_rounds(len(best.samples))}, and in its first steps"
             return f"{words}."
         if start.error:
             return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
@@ -182,8 +184,7 @@ class FormatTimings(Sequence):
         needed = n_rounds_to_prove(rival.samples, best.samples, level_of(self.rows))
         if gain > FLOOR and best.format == self.start and needed is not None:
             n = len(rival.samples)
-            rounds = "1 round is" if n == 1 else f"{n} rounds are"
-            words += f"; {rounds} too few to tell{self._more_time(needed)}"
+            words += f"; {in_rounds(n)} {'is' if n == 1 else 'are'} too few to tell{self._more_time(needed)}"
         return f"{words}."
 
     def _more_time(
@@ -297,7 +298,7 @@ class FormatTimings(Sequence):
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max((len(row.samples) for row in self.rows if is_comparable(row)), default=0)
-        rounds = f"{n_rounds} rounds of {in_steps(self.n_steps)} each" if n_rounds else "no time for rounds"
+        rounds = f"{in_rounds(n_rounds)} of {in_steps(self.n_steps)} each" if n_rounds else "no time for rounds"
         return f"{self.model} (input shape: {shapes}) on {self.device}, {rounds}"
 
     def _table(

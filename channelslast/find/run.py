@@ -18,7 +18,7 @@ from channelslast.devices import FP32
 from channelslast.find.budget import Budget, check_budget
 from channelslast.find.candidates import Candidate
 from channelslast.find.distributed import training_processes
-from channelslast.find.garbage import Garbage
+from channelslast.find.garbage import quick_collections
 from channelslast.find.result import FormatTimings
 from channelslast.find.search import Search
 from channelslast.find.stages import Stage, new_stages
@@ -94,11 +94,11 @@ def find_format(
         _progress_bar(learn) as progress,
         unchanged_learner(learn) as put_tensors_back,
         room_for_compiled(any(stage.compiles for stage in stages)),
-        Garbage() as garbage,
+        quick_collections() as collect_garbage,
     ):
         time_left = Budget(budget, processes)
         search = Search(
-            learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back, garbage
+            learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back, collect_garbage
         )
         search.run()
         return search.finish()

@@ -17,7 +17,6 @@ from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
-from channelslast.find.garbage import Garbage
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import (
     LIMIT_SHARE,
@@ -52,11 +51,11 @@ class Search:
         processes: Processes,
         progress: Callable[[float, str], None],  # takes a share between 0 and 1, and a comment
         put_tensors_back: Callable[[], None],
-        garbage: Garbage,
+        collect_garbage: Callable[[], None],
     ):
         self.learn, self.stages, self.comparisons, self.start = learn, stages, comparisons, start
         self.budget, self.processes = budget, processes
-        self.progress, self.put_tensors_back, self.garbage = progress, put_tensors_back, garbage
+        self.progress, self.put_tensors_back, self.collect_garbage = progress, put_tensors_back, collect_garbage
         self.device = training_device(learn)
         self.memory = GpuMemory(learn, self.device)
         self.candidates: list[Candidate] = []
@@ -84,7 +83,7 @@ class Search:
             raise failure or RuntimeError(reason)
         self.data_items_per_s = self.processes.decide_together(sum, items_per_s)
         self.n_items = self.processes.decide_together(sum, n_items_in(batches[0]))
-        self.fits = Fits(self.learn, batches, self.processes, self.memory, self.put_tensors_back, self.garbage)
+        self.fits = Fits(self.learn, batches, self.processes, self.memory, self.put_tensors_back, self.collect_garbage)
 
     def new_candidates(self, stage: Stage) -> list[Candidate]:
         "Return the candidates of `stage` that no stage before had, and in the first stage the comparisons."
@@ -92,7 +91,7 @@ class Search:
         formats = dict.fromkeys(stage.propose(self.candidates))
         now = self.learn.train_format
         candidates = [
-            new_candidate(fmt, self.device, is_own=fmt == self.start, is_set=fmt == now)
+            new_candidate(fmt, self.device, fmt == self.start, self.fits.put_format_back if fmt == now else None)
             for fmt in formats
             if fmt not in seen
         ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from channelslast.formats import TrainFormat
 
-__all__ = ["FormatTiming", "in_steps"]
+__all__ = ["FormatTiming", "in_rounds", "in_steps"]
 
 
 @dataclass
@@ -43,6 +43,13 @@ def in_steps(
 ) -> str:
     "Return '1 step', '2 steps' and so on."
     return f"{n} step{'' if n == 1 else 's'}"
+
+
+def in_rounds(
+    n: int,
+) -> str:
+    "Return '1 round', '2 rounds' and so on."
+    return f"{n} round{'' if n == 1 else 's'}"
 
 
 def _iqr(samples: Sequence[float]) -> float:

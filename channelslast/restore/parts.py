@@ -131,7 +131,7 @@ def save_attributes(
     slots: Sequence[MemberDescriptorType],  # of its class
 ) -> tuple[Restore, list[tuple[str, Any]]]:
     "Return names and values of the attributes too."
-    in_dict = vars(obj).copy() if type(obj).__dictoffset__ else {}
+    in_dict = dict(_dict_of(obj) or {})
     in_slots = {}
     for slot in slots:
         with suppress(AttributeError):  # not set
@@ -140,11 +140,18 @@ def save_attributes(
     return partial(_put_attributes_back, obj, in_dict, slots, in_slots), pairs
 
 
+def _dict_of(obj: Any) -> dict[str, Any] | None:
+    "The `__dict__` of `obj`; a class that is compiled may have room for one, and none."
+    with suppress(TypeError):
+        return vars(obj) if type(obj).__dictoffset__ else None
+
+
 def _put_attributes_back(
     obj: Any, in_dict: dict[str, Any], slots: Sequence[MemberDescriptorType], in_slots: dict[MemberDescriptorType, Any]
 ) -> None:
-    if type(obj).__dictoffset__:
-        _put_items_back(vars(obj), dict, in_dict)
+    attributes = _dict_of(obj)
+    if attributes is not None:
+        _put_items_back(attributes, dict, in_dict)
     for slot in slots:
         if slot in in_slots:
             slot.__set__(obj, in_slots[slot])

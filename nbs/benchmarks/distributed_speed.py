@@ -1,4 +1,4 @@
-"""How training scales to several GPUs, with eager steps, CUDA graphs and compiled, beside a plain PyTorch loop.
+"""How training scales to several GPUs, eager and compiled, each also with CUDA graphs, beside a plain PyTorch loop.
 
     python nbs/benchmarks/distributed_speed.py --processes 1 2 --out nbs/benchmarks/h200x2_speed.json
 
@@ -129,7 +129,8 @@ def measure(arch: str, bs: int, sync_bn: bool, compiled: bool, task: dict, devic
     ]
     formats = {"compiled": COMPILED} if compiled else {"eager": EAGER}
     if device.type == "cuda":
-        formats["compiled, graph" if compiled else "graph"] = replace(*formats.values(), cuda_graph=True)
+        title, fmt = ("compiled, graph", COMPILED) if compiled else ("graph", EAGER)
+        formats[title] = replace(fmt, cuda_graph=True)
     name = "loop, compiled" if compiled else "loop"
     turns: dict[str, Iterator] = {name: loop_ends(arch, batches, sync_bn, compiled, counts, device)}
     for title, fmt in formats.items():

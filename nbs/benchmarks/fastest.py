@@ -5,9 +5,9 @@
     python nbs/benchmarks/fastest.py --device cpu --archs xresnet18 --bs 16 --size 128 --amp-mode bf16 --out cpu.json
 
 Each architecture is searched once, as a user would, with PyTorch's caches of compiled code cold; with `--compile` a
-second time without compiling, in the same process. Then the picks, every candidate that was not far slower and fastai's
-own are timed again, in rounds of all of them. What fits not in `--seconds` is left out; the same command with the same
-`--out` goes on with it.
+second time without compiling, in the same process, where cuDNN's algorithms are known by then. Then the picks, every
+candidate that was not far slower and fastai's own are timed again, in rounds of all of them. What fits not in
+`--seconds` is left out; the same command with the same `--out` goes on with it.
 """
 
 import argparse
