@@ -130,11 +130,11 @@ def test_gain_is_found(ms, noise, n_rounds, found):
 @pytest.mark.parametrize(
     "rounds, first_ms, best",
     [
-        ([70], 40, LAST),
-        ([70, 60], 40, LAST),
-        ([70, 60], 80, CONTIGUOUS),  # not far faster in its first steps
-        ([70, 140], 40, CONTIGUOUS),  # a round does not agree
-        ([70, 60, 90], 40, CONTIGUOUS),  # enough rounds to prove it, if it is so
+        ([60], 40, LAST),
+        ([60, 40], 40, LAST),
+        ([60, 40], 80, CONTIGUOUS),  # not far faster in its first steps
+        ([60, 95], 40, CONTIGUOUS),  # nor in a round
+        ([60, 40, 94], 40, CONTIGUOUS),  # enough rounds to prove it, if it is so
     ],
 )
 def test_first_steps_count_where_rounds_are_too_few_to_prove_anything(rounds, first_ms, best):

@@ -1,6 +1,6 @@
 "Which of several timed formats to train in, by evidence."
 
-from channelslast.find.evidence import FLOOR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
+from channelslast.find.evidence import FAR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
@@ -43,7 +43,7 @@ def _is_faster(
     """Whether `row` is proved faster than `other`, by the rounds.
 
     Where there was time for none, the first steps have to prove it, see `is_far_faster`. Where there was for fewer than
-    `MIN_ROUNDS`, they can, if each round agrees.
+    `MIN_ROUNDS`, they can, if `row` is `FAR` times as fast in each round too.
     """
     if not has_rounds:
         return is_far_faster(row.samples, other.samples, level)
@@ -51,7 +51,7 @@ def _is_faster(
         return True
     if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level):
         return False
-    return all(FLOOR * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
+    return all(FAR * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
 
 
 def is_comparable(
