@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from channelslast.find.choice import AMONG_FASTER, changes, choose_row, is_comparable, level_of
 from channelslast.find.errors import shorten
-from channelslast.find.evidence import FLOOR, MIN_ROUNDS, N_ROUNDS, is_proved_faster, n_rounds_to_prove
+from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.picture import picture_size, plot_bars
 from channelslast.find.timing import FormatTiming, in_rounds, in_steps
 from channelslast.formats import TrainFormat
@@ -161,7 +161,7 @@ class FormatTimings(Sequence):
             words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}"
             if start.note:
                 words += f" in a few steps; there was no time for rounds{self._more_time(None)}"
-            elif len(best.samples) < MIN_ROUNDS and not start.error:
+            elif not is_proved_faster(best.samples, start.samples, level_of(self.rows)):
                 words += f" in {in_rounds(len(best.samples))}, and in its first steps"
             return f"{words}."
         if start.error:
