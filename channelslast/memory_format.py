@@ -189,7 +189,7 @@ def module_to_memory_format(
     """
     check_type("module", module, nn.Module)
     check_type("channels_last", channels_last, bool)
-    _set_formats([(tensor, channels_last) for tensor in _free_tensors(module)])
+    _set_formats(module, lambda tensor: channels_last)
     return module
 
 
@@ -200,15 +200,19 @@ def memory_formats_kept(
 
     That is its 4D and 5D parameters and buffers, each in its own format, in place, as `module_to_memory_format` does.
     """
-    return partial(_set_formats, [(tensor, is_channels_last(tensor)) for tensor in _free_tensors(module)])
+    kept = {id(tensor): (tensor, is_channels_last(tensor)) for tensor in _tensors(module)}
+
+    def was_channels_last(tensor: Tensor) -> bool:
+        return kept[id(tensor)][1] if id(tensor) in kept else is_channels_last(tensor)
+
+    return partial(_set_formats, module, was_channels_last)
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
-def _set_formats(formats: list[tuple[Tensor, bool]]) -> None:
-    "Put each tensor in channels last format, or contiguous where that is False."
-    converted: dict[tuple, Tensor] = {}
-    for tensor, channels_last in formats:
-        tensor.data = _convert_once(tensor.data, channels_last, converted)
+def _set_formats(module: nn.Module, is_last: Callable[[Tensor], bool]) -> None:
+    "Put the parameters and buffers of `module` in channels last format where `is_last` says so, else contiguous."
+    for tensor, data in _with_new_data(module, is_last):
+        tensor.data = data
         if isinstance(tensor, nn.Parameter):
             match_strides(tensor.grad, tensor)
 
@@ -218,22 +222,26 @@ def contiguous_weights(
     module: nn.Module,
 ) -> Iterator[None]:
     "Parameters and buffers of `module` are contiguous inside, and lie in the memory that they had again after it."
-    before = [(tensor, tensor.data) for tensor in _free_tensors(module)]
-    converted: dict[tuple, Tensor] = {}
+    tensors = list(_with_new_data(module, lambda tensor: False))
+    before = [(tensor, tensor.data) for tensor, _ in tensors]
     try:
-        for tensor, data in before:
-            tensor.data = _convert_once(data, False, converted)
+        for tensor, data in tensors:
+            tensor.data = data
         yield
     finally:
         for tensor, data in before:
             tensor.data = data
 
 
-def _free_tensors(module: nn.Module) -> list[Tensor]:
-    "The 4D and 5D parameters and buffers of `module` that may be given other strides."
+def _with_new_data(module: nn.Module, is_last: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+    "Yield the 4D and 5D parameters and buffers of `module`, each with the data to give it."
     tensors = _tensors(module)
     entangled = _entangled(tensors)
-    return [tensor for tensor in tensors if tensor.ndim in CHANNELS_LAST and id(tensor) not in entangled]
+    converted: dict[tuple, Tensor] = {}
+    for tensor in tensors:
+        if tensor.ndim in CHANNELS_LAST:
+            stays = id(tensor) in entangled
+            yield tensor, tensor.data if stays else _convert_once(tensor.data, is_last(tensor), converted)
 
 
 def _entangled(tensors: Iterable[Tensor]) -> set[int]:

@@ -343,6 +343,15 @@ def test_parameter_and_a_part_of_it_go_on_sharing_memory(how, channels_last):
     assert is_channels_last(model[2].weight) is channels_last
 
 
+def test_gradient_of_a_parameter_that_stays_follows_it():
+    weight = one_memory(lambda weight: weight[1:3])[1].weight
+    model = nn.ParameterList([weight, nn.Parameter(weight.data)])
+    model[1].data = weight.data[:1]
+    weight.grad = torch.ones(weight.shape).to(memory_format=torch.channels_last)
+    module_to_memory_format(model)
+    assert not is_channels_last(weight) and weight.grad.stride() == weight.stride()
+
+
 def test_formats_that_are_kept_come_back():
     model = nn.ModuleList([nn.Conv2d(3, 4, 3) for _ in range(4)])
     model[1].to(memory_format=torch.channels_last)
