@@ -38,7 +38,7 @@ def _is_faster(
     row: FormatTiming,
     other: FormatTiming,
     level: float,  # the chance of being wrong where both are equal
-    has_rounds: bool = True,  # False: the samples are first steps
+    has_rounds: bool,  # False: the samples are first steps
 ) -> bool:
     """Whether `row` is proved faster than `other`, by the rounds.
 

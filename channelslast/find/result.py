@@ -17,7 +17,7 @@ from channelslast.find.choice import AMONG_FASTER, changes, choose_row, is_compa
 from channelslast.find.errors import shorten
 from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.picture import picture_size, plot_bars
-from channelslast.find.timing import FormatTiming, in_rounds, in_steps
+from channelslast.find.timing import FormatTiming, counted
 from channelslast.formats import TrainFormat
 from channelslast.notebook import cell, image_html, show
 
@@ -162,7 +162,7 @@ class FormatTimings(Sequence):
             if start.note:
                 words += f" in a few steps; there was no time for rounds{self._more_time(None)}"
             elif not is_proved_faster(best.samples, start.samples, level_of(self.rows)):
-                words += f" in {in_rounds(len(best.samples))}, and in its first steps"
+                words += f" in {counted(len(best.samples), 'round')}, and in its first steps"
             return f"{words}."
         if start.error:
             return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
@@ -184,7 +184,7 @@ class FormatTimings(Sequence):
         needed = n_rounds_to_prove(rival.samples, best.samples, level_of(self.rows))
         if gain > FLOOR and best.format == self.start and needed is not None:
             n = len(rival.samples)
-            words += f"; {in_rounds(n)} {'is' if n == 1 else 'are'} too few to tell{self._more_time(needed)}"
+            words += f"; {counted(n, 'round')} {'is' if n == 1 else 'are'} too few to tell{self._more_time(needed)}"
         return f"{words}."
 
     def _more_time(
@@ -298,7 +298,11 @@ class FormatTimings(Sequence):
         counts = Counter(" x ".join(map(str, shape)) for shape in self.shapes)
         shapes = ", ".join(shape if n == 1 else f"{n} of {shape}" for shape, n in counts.items())
         n_rounds = max((len(row.samples) for row in self.rows if is_comparable(row)), default=0)
-        rounds = f"{in_rounds(n_rounds)} of {in_steps(self.n_steps)} each" if n_rounds else "no time for rounds"
+        rounds = (
+            f"{counted(n_rounds, 'round')} of {counted(self.n_steps, 'step')} each"
+            if n_rounds
+            else "no time for rounds"
+        )
         return f"{self.model} (input shape: {shapes}) on {self.device}, {rounds}"
 
     def _table(

@@ -29,7 +29,7 @@ from channelslast.find.plan import (
 from channelslast.find.result import FormatTimings
 from channelslast.find.stages import HOPELESS, NEAR, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
-from channelslast.find.timing import in_steps
+from channelslast.find.timing import counted
 from channelslast.formats import TrainFormat, uncompiled
 from channelslast.optimizer import fused_form
 from channelslast.summary.gpu import busy_seconds
@@ -174,7 +174,7 @@ class Search:
         candidate.first_steps_s = decide(max, max(0.0, took - len(steady_ms) * candidate.step_s))
         candidate.overhead_s = decide(max, took - sum(all_ms) / 1000)
         candidate.row.warmup_s, candidate.row.samples = took, steady_ms
-        candidate.row.note = f"{in_steps(steps.n_steps)}, the time was up" if steps.is_cut else None
+        candidate.row.note = f"{counted(steps.n_steps, 'step')}, the time was up" if steps.is_cut else None
         if self.device.type == "cuda" and candidate.is_eager:
             self.budget.first_steps += candidate.first_steps_s
         self.shapes = steps.shapes
@@ -211,7 +211,7 @@ class Search:
             if candidate.is_needed or candidate.step_s <= (NEAR if candidate.has_graphs else HOPELESS) * best_s:
                 finalists.append(candidate)
             else:
-                row.note = f"{in_steps(len(row.samples))}: {candidate.step_s / best_s:.1f} times the fastest"
+                row.note = f"{counted(len(row.samples), 'step')}: {candidate.step_s / best_s:.1f} times the fastest"
         return finalists
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
@@ -221,7 +221,7 @@ class Search:
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
         timed, left_out = split_by_time(finalists, left, self.device)
         for candidate in left_out:
-            candidate.row.note = f"{in_steps(len(candidate.row.samples))}, no time for rounds"
+            candidate.row.note = f"{counted(len(candidate.row.samples), 'step')}, no time for rounds"
         if not timed:
             return
         finalists = timed

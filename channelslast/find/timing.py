@@ -9,7 +9,7 @@ import numpy as np
 
 from channelslast.formats import TrainFormat
 
-__all__ = ["FormatTiming", "in_rounds", "in_steps"]
+__all__ = ["FormatTiming", "counted"]
 
 
 @dataclass
@@ -38,18 +38,12 @@ class FormatTiming:
         return _iqr(self.samples) if len(self.samples) > 1 else nan
 
 
-def in_steps(
+def counted(
     n: int,
+    what: str,  # 'step', 'round', ...
 ) -> str:
     "Return '1 step', '2 steps' and so on."
-    return f"{n} step{'' if n == 1 else 's'}"
-
-
-def in_rounds(
-    n: int,
-) -> str:
-    "Return '1 round', '2 rounds' and so on."
-    return f"{n} round{'' if n == 1 else 's'}"
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _iqr(samples: Sequence[float]) -> float:
