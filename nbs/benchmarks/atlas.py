@@ -2,11 +2,11 @@
 
     python nbs/benchmarks/atlas.py --budget 540
     python nbs/benchmarks/atlas.py --budget 540 --compile
-    python nbs/benchmarks/atlas.py --budget 540 --bs 128 --archs resnet50 efficientnet_b0
+    python nbs/benchmarks/atlas.py --budget 540 --bs 128 --opt fused --archs resnet50 efficientnet_b0
     python nbs/benchmarks/atlas.py --budget 900 --device cpu --bs 8 --size 64
 
-Each architecture is searched once, as a user would, with fastai's default Adam; fastai's own is timed in the same
-rounds. The file is named for the device and the setting, in `--folder`. The same command goes on where it ended. What
+Each architecture is searched once, as a user would, with fastai's default Adam (`--opt fused`: PyTorch's fused AdamW);
+fastai's own is timed in the same rounds. The file is named for the device and the setting, in `--folder`. The same command goes on where it ended. What
 fails becomes a row with the reason; what ends the process is told by the next run, from a file that names what ran.
 With several GPUs, run as many processes, each on one, with `--part 1/2` and `--part 2/2`: they write to the same file.
 With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import suppress
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from channelslast.devices import device_name
 from channelslast.find.errors import in_one_line
 from channelslast.find.run import find_format
 from channelslast.find.stages import new_stages
-from channelslast.zoo import arch_names, choose_amp_mode, compile_caches, fastais_own, new_learner
+from channelslast.zoo import OPTIMIZERS, arch_names, choose_amp_mode, compile_caches, fastais_own, new_learner
 from channelslast.zoo.architectures import torchvision_kind
 
 # By the images in a batch of typical use
@@ -74,7 +75,8 @@ def file_name(args: argparse.Namespace, device: torch.device) -> str:
     if device.type == "cuda":
         parts.append("cu" + str(torch.version.cuda).replace(".", ""))
     parts.append(re.sub(r"\W+", "_", device_name(device).lower()).strip("_"))
-    parts += ["compile"] * args.compile + [f"b{args.bs}"] * bool(args.bs) + [f"{args.size}px"] * bool(args.size)
+    parts += ["fused_adamw"] * (args.opt == "fused") + ["compile"] * args.compile
+    parts += [f"b{args.bs}"] * bool(args.bs) + [f"{args.size}px"] * bool(args.size)
     return "-".join(parts) + ".csv"
 
 
@@ -105,7 +107,7 @@ def layout_share(learn: Learner, device: torch.device) -> float | None:
 
 def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     "Return the columns that are measured."
-    learn = new_learner(arch, bs, args.size or SIZES.get(arch), device)
+    learn = new_learner(arch, bs, args.size or SIZES.get(arch), device, OPTIMIZERS[args.opt])
     learn.remove_cb(ProgressCallback)
     own = fastais_own(args.amp_mode)
     started = time.perf_counter()
@@ -139,12 +141,10 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    is_new = not file.exists()
+    with suppress(FileExistsError), file.open("x") as stream:  # another process may begin it
+        stream.write(",".join(COLUMNS.split()) + "\n")
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+        csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", help="names; default: all, with --compile the twenty of COMPILED")
     parser.add_argument("--bs", type=int, help="images in a batch; default: that of typical use, 8 to 64")
     parser.add_argument("--size", type=int, help="pixels square; default: that of the architecture")
+    parser.add_argument("--opt", default="adam", choices=list(OPTIMIZERS), help="adam (fastai's) or fused (AdamW)")
     parser.add_argument("--compile", action="store_true", help="search with compile=True")
     parser.add_argument("--amp-mode", help="of fastai's own: fp16, bf16; default: what the device is fastest at")
     parser.add_argument("--part", type=part_of, default=(1, 1), help="1/2: every second one, from the first on")
