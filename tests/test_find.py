@@ -37,8 +37,8 @@ from channelslast.find.fits import Fits
 from channelslast.find.plan import split_by_time
 from channelslast.find.run import find_format, room_for_compiled
 from channelslast.find.search import Search
-from channelslast.find.stages import fixed_stage, new_stages
-from channelslast.find.steps import ProfiledStep, WarmUp
+from channelslast.find.stages import Stage, fixed_stage, new_stages
+from channelslast.find.steps import ProfiledStep, Round, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 from channelslast.nested import tensors_in
@@ -333,7 +333,7 @@ def test_first_steps_are_not_timed_and_reported_apart(new_learner, clock, plain_
             clock.now += max(0, 4 - clock.seen.count(last)) * 10  # 30, 20 and 10 seconds more
             return super().forward(x)
 
-    timings = new_learner(lambda: SlowStart(clock)).format_find(show_plot=False, budget=200)
+    timings = new_learner(lambda: SlowStart(clock)).format_find(show_plot=False, budget=300)
     assert [timings.row(fmt).ms for fmt in (CONTIGUOUS, LAST)] == pytest.approx([40, 20])
     took = [timings.row(fmt).warmup_s for fmt in (CONTIGUOUS, LAST)]
     assert took == pytest.approx([60 + 9 * 0.04, 60 + 9 * 0.02], abs=0.05)
@@ -414,6 +414,59 @@ def test_more_time_where_the_first_steps_of_a_gpu_take_long():
     named = Budget(14.0, Processes())
     named.first_steps = 500.0
     assert named.seconds == 14
+
+
+def test_default_waits_for_what_proves_something():
+    budget = Budget(None, Processes())
+    assert budget.wait_for(10) == pytest.approx(30, abs=0.1) and budget.seconds == 30
+    assert budget.wait_for(40) == pytest.approx(40, abs=0.1) and budget.seconds == pytest.approx(40, abs=0.1)
+    assert budget.wait_for(100) == pytest.approx(60, abs=0.1) and budget.seconds == 60
+    named = Budget(14.0, Processes())
+    assert named.wait_for(40) == pytest.approx(14, abs=0.1) and named.seconds == 14
+
+
+@pytest.mark.parametrize("budget, n_rounds", [(None, 3), (30, 2)])
+def test_rounds_that_take_longer_than_was_to_be_seen(timed, clock, monkeypatch, many_rounds, budget, n_rounds):
+    real = Fits.train
+
+    def slow_in_rounds(self, candidate, new_steps, **kwargs):
+        clock.tick(5 if new_steps is Round else 0)
+        return real(self, candidate, new_steps, **kwargs)
+
+    monkeypatch.setattr(Fits, "train", slow_in_rounds)
+    timings = timed.format_find([LAST_BF16], show_plot=False, budget=budget)
+    assert [len(row.samples) for row in timings] == [n_rounds] * 2 and timings.best == LAST_BF16
+
+
+def test_second_cuda_graph_is_not_tried_where_it_takes_the_time_for_rounds(learn, monkeypatch):
+    stage = Stage("CUDA graph", lambda seen: [])
+    search = Search(learn, [stage], [], CONTIGUOUS, Budget(30, Processes()), Processes(), None, None, None)
+    first, second = seen(TrainFormat(True, "fp16", cuda_graph=True), 0.01), Candidate(TrainFormat(cuda_graph=True))
+    search.candidates = [seen(CONTIGUOUS, 0.1), first, second]
+    for capture_s, left in {1: 10.5, 5: 14.5}.items():
+        first.first_steps_s = capture_s
+        monkeypatch.setattr(search.budget, "measure_left", lambda left=left: left)
+        assert not search.lacks_time(second, stage)
+        monkeypatch.setattr(search.budget, "measure_left", lambda left=left: left - 1)
+        assert search.lacks_time(second, stage)
+
+
+def test_first_stage_keeps_time_for_those_after_it(new_learner, clock, bf16_cpu):
+    class Slow(TimedNet):
+        def forward(self, x):
+            clock.tick(0.5)
+            return super().forward(x)
+
+    learn = new_learner(lambda: Slow(clock))
+    stages = new_stages(learn)
+    assert [stage.share for stage in stages] == [0, 0.1]
+    tried = {}
+    for share in (0.1, 0.4):
+        stages[1] = stages[1]._replace(share=share)
+        timings = find_format(learn, stages, budget=10)
+        assert timings.row(LAST_BF16_FUSED).is_tried
+        tried[share] = [row.format for row in timings if row.is_tried and not row.format.fused_optimizer]
+    assert tried == {0.1: [LAST_BF16, CONTIGUOUS, CONTIGUOUS_BF16], 0.4: [LAST_BF16, CONTIGUOUS]}
 
 
 def test_compilation_does_not_count(timed, clock, monkeypatch, many_rounds):

@@ -145,6 +145,18 @@ def test_first_steps_count_where_rounds_are_too_few_to_prove_anything(rounds, fi
     assert (words in timings.verdict) == (best == LAST)
 
 
+@pytest.mark.parametrize(
+    "rounds, first_ms, best",
+    [([40], 40, LAST_BF16), ([46], 40, LAST), ([40], 46, LAST), ([40, 40], 40, LAST_BF16)],
+)
+def test_among_faster_ones_too_few_rounds_choose_what_is_apart_in_all_that_was_seen(rounds, first_ms, best):
+    n = len(rounds)
+    timings = new_timings({CONTIGUOUS: [100] * n, LAST: [50] * n, LAST_BF16: rounds})
+    for row, ms in zip(timings, (100, 50, first_ms)):
+        row.first_samples = around(ms)
+    assert timings.best == best
+
+
 def test_best_where_the_format_of_the_learner_fails():
     timings = new_timings({CONTIGUOUS: "out of memory", LAST: around(50), LAST_BF16: around(50)})
     assert timings.best == LAST and isnan(timings[1].speedup)

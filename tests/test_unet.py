@@ -366,9 +366,10 @@ def test_upsampling_has_the_values_of_the_layer(options, dtype, device, deals_ou
     if dtype is not torch.float64:  # whose kernel computes the last channels in another way
         assert torch.equal(own_values, values)
     torch.testing.assert_close(own_values, values)
-    for own, grad in zip(own_grads, grads, strict=True):
-        torch.testing.assert_close(own, grad)
-    torch.testing.assert_close(own_image_grad, image_grad)
+    for own, grad in zip([*own_grads, own_image_grad], [*grads, image_grad], strict=True):
+        # a sum of bfloat16, in another order: to the precision of what is summed, of which an element can be a small rest
+        options = {"rtol": 0.016, "atol": 0.01 * grad.abs().max().item()} if dtype is torch.bfloat16 else {}
+        torch.testing.assert_close(own, grad, **options)
 
 
 def test_upsampling_has_gradients_of_gradients(deals_out):

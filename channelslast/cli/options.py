@@ -51,7 +51,7 @@ def add_find_options(parser: Parser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="for a model, compilation not counted; default: 30, up to 60 where the first steps take long",
+        help="for a model, compilation not counted; default: 30, up to 60 where steps are slow",
     )
     parser.add_argument(
         "--built-in",

@@ -1,6 +1,6 @@
 "Which of several timed formats to train in, by evidence."
 
-from channelslast.find.evidence import FAR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
+from channelslast.find.evidence import APART, FAR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
@@ -24,13 +24,13 @@ def choose_row(
     able = [row for row in rows if row is not start and (is_comparable(row) if has_rounds else not row.error)]
     if not start.error:
         level = level_of(rows)
-        able = [row for row in able if _is_faster(row, start, level, has_rounds)]
+        able = [row for row in able if _is_faster(row, start, level, has_rounds, FAR)]
     elif not able:  # nor was any other timed in the rounds
         able = [row for row in rows if not row.error]
     if not able:
         return start
     fastest = min(able, key=lambda row: row.ms)
-    equal = [row for row in able if not _is_faster(fastest, row, AMONG_FASTER, has_rounds)]
+    equal = [row for row in able if not _is_faster(fastest, row, AMONG_FASTER, has_rounds, APART)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
 
 
@@ -39,19 +39,20 @@ def _is_faster(
     other: FormatTiming,
     level: float,  # the chance of being wrong where both are equal
     has_rounds: bool,  # False: the samples are first steps
+    times: float,  # as fast as it has to be by them
 ) -> bool:
     """Whether `row` is proved faster than `other`, by the rounds.
 
     Where there was time for none, the first steps have to prove it, see `is_far_faster`. Where there was for fewer than
-    `MIN_ROUNDS`, they can, if `row` is `FAR` times as fast in each round too.
+    `MIN_ROUNDS`, they can, if `row` is `times` as fast in each round too.
     """
     if not has_rounds:
-        return is_far_faster(row.samples, other.samples, level)
+        return is_far_faster(row.samples, other.samples, level, times)
     if is_proved_faster(row.samples, other.samples, level):
         return True
-    if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level):
+    if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level, times):
         return False
-    return all(FAR * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
+    return all(times * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
 
 
 def is_comparable(

@@ -28,6 +28,15 @@ def round_s(
     )
 
 
+def least_of(
+    candidates: list[Candidate],
+) -> list[Candidate]:
+    "Return those without which rounds say nothing: what is needed, and the fastest choice."
+    choices = [candidate for candidate in candidates if not candidate.is_needed]
+    best = min(choices, key=lambda candidate: candidate.step_s, default=None)
+    return [candidate for candidate in candidates if candidate.is_needed or candidate is best]
+
+
 def split_by_time(
     candidates: list[Candidate],
     seconds: float,
@@ -37,11 +46,12 @@ def split_by_time(
 
     Where they do not hold even those of the fastest beside what is needed, all are left out.
     """
-    timed = list(candidates)
+    timed, least = list(candidates), least_of(candidates)
     while timed and seconds < MIN_ROUNDS * round_s(timed, 1, device):
-        choices = sorted((each for each in timed if not each.is_needed), key=lambda each: each.step_s)
-        timed = [each for each in timed if each is not choices[-1]] if len(choices) > 1 else []
-    return timed, [each for each in candidates if each not in timed]
+        others = [candidate for candidate in timed if candidate not in least]
+        slowest = max(others, key=lambda candidate: candidate.step_s, default=None)
+        timed = [candidate for candidate in timed if candidate is not slowest] if others else []
+    return timed, [candidate for candidate in candidates if candidate not in timed]
 
 
 def choose_n_steps(

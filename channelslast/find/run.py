@@ -34,7 +34,7 @@ def format_find(
     compile: bool = False,  # also try the best one compiled by PyTorch
     keep_precision: bool = False,  # try the Learner's own precision alone
     show_plot: bool = True,  # draw the bars
-    budget: float | None = None,  # seconds to take, compilation not counted; None: 30, up to 60 if first steps are slow
+    budget: float | None = None,  # seconds to take, compilation not counted; None: 30, up to 60 where steps are slow
 ) -> FormatTimings:
     """Time a training step of this Learner in the formats that may pay, and tell which to train in.
 

@@ -16,6 +16,7 @@ from channelslast.find.batches import load_batches, n_items_in
 from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.distributed import Processes
+from channelslast.find.evidence import MIN_ROUNDS
 from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import (
@@ -23,6 +24,7 @@ from channelslast.find.plan import (
     ROUNDS_SHARE,
     choose_n_steps,
     is_enough,
+    least_of,
     round_s,
     split_by_time,
 )
@@ -147,7 +149,10 @@ class Search:
             first_steps_s = max(eager) if stage.is_first and eager else 0.0
             needed_s = (1 if is_own_tried else 2) * first_steps_s
             if not candidate.is_compiled:  # what the user asks for is tried also where no time is left for rounds
-                needed_s += ROUNDS_SHARE * self.budget.seconds
+                later = self.stages[self.stages.index(stage) + 1 :]
+                needed_s += (ROUNDS_SHARE + sum(stage.share for stage in later)) * self.budget.seconds
+                if candidate.has_graphs:
+                    needed_s += max(other.capture_s for other in self.candidates)
         return self.budget.measure_left() <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
@@ -217,8 +222,11 @@ class Search:
     def time_rounds(self, finalists: list[Candidate]) -> None:
         "Time rounds while there is time. Finalists for which there is none keep their first steps."
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
-        self.before_rounds_s, left = self.budget.measure_spent(), self.budget.measure_left() - kept
+        self.before_rounds_s = self.budget.measure_spent()
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
+        least = least_of(finalists)
+        needed_s = MIN_ROUNDS * round_s(least, 1, self.device) if least else 0.0
+        left = self.budget.wait_for(needed_s + kept) - kept
         timed, left_out = split_by_time(finalists, left, self.device)
         for candidate in left_out:
             candidate.row.note = f"{counted(len(candidate.row.samples), 'step')}, no time for rounds"
@@ -239,6 +247,8 @@ class Search:
             self.check_any_remain()
             before, left = left, self.budget.measure_left() - kept
             self.round_s = before - left
+            if n_rounds < MIN_ROUNDS:
+                left = self.budget.wait_for((MIN_ROUNDS - n_rounds) * self.round_s + kept) - kept
 
     def time(self, candidate: Candidate) -> None:
         steps, error = self.train_again(candidate, Round, n=self.n_steps)

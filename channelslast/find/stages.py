@@ -26,6 +26,7 @@ class Stage(NamedTuple):
     propose: Callable[[list[Candidate]], list[TrainFormat]]  # takes what was tried before
     is_first: bool = False  # its formats are new to the device, which may look for algorithms
     compiles: bool = False
+    share: float = 0.0  # of the budget, kept for it by those before it
 
 
 def fixed_stage(
@@ -55,9 +56,9 @@ def new_stages(
     else:
         stages = [fixed_stage("eager", eager_formats(learn, keep_precision))]
         if fused_form(learn, device):
-            stages.append(Stage("fused steps", fused))
+            stages.append(Stage("fused steps", fused, share=0.1))
         if device.type == "cuda":
-            stages.append(Stage("CUDA graph", graphs))
+            stages.append(Stage("CUDA graph", graphs, share=0.2))
     if compile or (formats is None and start.compile is not None):
         stages.append(Stage("compile", compiled, compiles=True))
         if device.type == "cuda":
