@@ -6,8 +6,9 @@
     python nbs/benchmarks/atlas.py --budget 900 --device cpu --bs 8 --size 64
 
 Each architecture is searched once, as a user would, with fastai's default Adam (`--opt fused`: PyTorch's fused AdamW);
-fastai's own is timed in the same rounds. The file is named for the device and the setting, in `--folder`. The same command goes on where it ended. What
-fails becomes a row with the reason; what ends the process is told by the next run, from a file that names what ran.
+fastai's own is timed in the same rounds. The file is named for the device and the setting, in `--folder`. The same
+command goes on where it ended. What fails becomes a row with the reason; what ends the process is told by the next run,
+from a file that names what ran.
 With several GPUs, run as many processes, each on one, with `--part 1/2` and `--part 2/2`: they write to the same file.
 With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
 the speeds are the same, `search_s` is without the compiler's time then, and the row's command says so.
