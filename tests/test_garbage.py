@@ -29,6 +29,14 @@ def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen)
     assert outlived() is None
 
 
+def test_what_python_freezes_when_it_starts_is_no_reason_for_whole_collections(nothing_frozen, monkeypatch):
+    n_frozen = gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)
+    with quick_collections():
+        assert n_frozen() > 1000
+    assert n_frozen() == 0
+
+
 def test_what_others_have_frozen_stays_so(nothing_frozen):
     gc.freeze()
     n_frozen = gc.get_freeze_count()
