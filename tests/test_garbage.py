@@ -1,11 +1,13 @@
 "Garbage collections in a search pass over what has outlived the last one, and all is as before after it."
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
 
-from channelslast.find.garbage import quick_collections
+from channelslast.find.garbage import FEW, quick_collections
 
 
 class Node:
@@ -27,6 +29,11 @@ def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen)
     assert gc.get_freeze_count() == 0
     gc.collect()
     assert outlived() is None
+
+
+def test_a_new_interpreter_has_frozen_few_objects():
+    code = "import gc; print(gc.get_freeze_count())"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) < FEW
 
 
 def test_what_python_freezes_when_it_starts_is_no_reason_for_whole_collections(nothing_frozen, monkeypatch):
