@@ -58,7 +58,7 @@ def new_stages(
         if fused_form(learn, device):
             stages.append(Stage("fused steps", fused, share=0.1))
         if device.type == "cuda":
-            stages.append(Stage("CUDA graph", graphs, share=0.2))
+            stages.append(Stage("CUDA graph", graphs, share=0.1))
     if compile or (formats is None and start.compile is not None):
         stages.append(Stage("compile", compiled, compiles=True))
         if device.type == "cuda":
