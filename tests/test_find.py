@@ -372,7 +372,7 @@ def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
             return super().forward(x)
 
     timings = new_learner(lambda: Slow(clock)).format_find(show_plot=False)
-    assert clock.now < 1.2 * 30 + 4 and timings.row(CONTIGUOUS).samples
+    assert clock.now < 45 and len(timings.row(CONTIGUOUS).samples) == 3
 
 
 def test_slower_ones_are_left_out_where_time_is_short(timed, many_rounds):
@@ -386,7 +386,7 @@ def test_rounds_are_of_those_that_the_time_holds():
     candidates[0].is_own = True
     device = torch.device("cpu")
     for seconds, n_timed in {42: 3, 41: 2, 30: 2, 29: 0}.items():
-        timed, left_out = split_by_time(candidates, seconds, device)
+        timed, left_out = split_by_time(candidates, CONTIGUOUS, seconds, device)
         assert len(timed) == n_timed and timed + left_out == [
             *(candidates if n_timed != 2 else [candidates[0], candidates[2], candidates[1]])
         ]
@@ -416,13 +416,63 @@ def test_more_time_where_the_first_steps_of_a_gpu_take_long():
     assert named.seconds == 14
 
 
-def test_default_waits_for_what_proves_something():
+def test_of_what_is_as_fast_rounds_are_of_the_one_that_changes_least():
+    candidates = [seen(CONTIGUOUS, 4.0), seen(LAST_BF16, 1.02), seen(LAST_BF16_FUSED, 1.0), seen(LAST, 1.2)]
+    candidates[0].is_own = True
+    own, bf16, fused, last = candidates
+    device = torch.device("cpu")
+    timed = {n: split_by_time(candidates, CONTIGUOUS, seconds, device)[0] for n, seconds in {4: 44, 3: 37, 2: 31}.items()}
+    assert timed == {4: candidates, 3: [own, bf16, fused], 2: [own, bf16]}
+    bf16.step_s = 1.15
+    assert split_by_time(candidates, CONTIGUOUS, 31, device)[0] == [own, fused]
+
+
+def test_default_is_extended_for_what_proves_something(clock, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.tick(1e-3) or clock.now)  # time goes on at each look
     budget = Budget(None, Processes())
-    assert budget.wait_for(10) == pytest.approx(30, abs=0.1) and budget.seconds == 30
-    assert budget.wait_for(40) == pytest.approx(40, abs=0.1) and budget.seconds == pytest.approx(40, abs=0.1)
-    assert budget.wait_for(100) == pytest.approx(60, abs=0.1) and budget.seconds == 60
+    assert 29 < budget.extend_to(10) < 30 == budget.seconds
+    assert 40 < budget.extend_to(40) and budget.measure_left() > 40 and 44 < budget.seconds < 45
+    before = budget.seconds
+    assert budget.extend_to(100) < 45 and budget.seconds == before  # not for less than what was asked for
+    clock.now = 50
+    assert budget.measure_left() < 0 and 9 < budget.measure_left(is_needed=True) < 10
     named = Budget(14.0, Processes())
-    assert named.wait_for(40) == pytest.approx(14, abs=0.1) and named.seconds == 14
+    assert named.extend_to(40) < 14 and named.seconds == 14 > named.measure_left(is_needed=True)
+
+
+class Slow(TimedNet):
+    "Takes seconds more for a batch, by the format."
+
+    def __init__(self, clock, seconds):
+        super().__init__(clock)
+        self.seconds = seconds
+
+    def forward(self, x):
+        is_last, is_bf16 = x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled("cpu")
+        self.tick(self.seconds(is_last, is_bf16))
+        return super().forward(x)
+
+
+def test_default_waits_for_rounds(new_learner, clock, bf16_cpu, many_rounds):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.2 if is_last and is_bf16 else 2.4))
+    timings = learn.format_find(show_plot=False)
+    assert timings.best == LAST_BF16 and len(timings.row(LAST_BF16).samples) >= 3 and 30 < clock.now < 50
+    clock.now = 0.0
+    assert not any(row.note is None and row.samples for row in learn.format_find(show_plot=False, budget=30))
+
+
+def test_default_does_not_wait_where_there_is_nothing_to_choose(new_learner, clock, bf16_cpu, many_rounds):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 4.0 if is_last or is_bf16 else 2.0))
+    timings = learn.format_find(show_plot=False)
+    assert timings.best == CONTIGUOUS and clock.now < 36
+
+
+@pytest.mark.parametrize("seconds", [8, 12, 20, 40])
+def test_default_ends_within_a_minute_and_a_step(new_learner, clock, bf16_cpu, many_rounds, seconds):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: seconds))
+    timings = learn.format_find(show_plot=False)
+    assert timings.best == CONTIGUOUS and clock.now <= 60 + seconds + 1
+    assert timings.row(CONTIGUOUS).is_tried or seconds == 40  # one step of the first took the time
 
 
 @pytest.mark.parametrize("budget, n_rounds", [(None, 3), (30, 2)])
@@ -445,9 +495,9 @@ def test_second_cuda_graph_is_not_tried_where_it_takes_the_time_for_rounds(learn
     search.candidates = [seen(CONTIGUOUS, 0.1), first, second]
     for capture_s, left in {1: 10.5, 5: 14.5}.items():
         first.first_steps_s = capture_s
-        monkeypatch.setattr(search.budget, "measure_left", lambda left=left: left)
+        monkeypatch.setattr(search.budget, "measure_left", lambda left=left, **_: left)
         assert not search.lacks_time(second, stage)
-        monkeypatch.setattr(search.budget, "measure_left", lambda left=left: left - 1)
+        monkeypatch.setattr(search.budget, "measure_left", lambda left=left, **_: left - 1)
         assert search.lacks_time(second, stage)
 
 

@@ -368,8 +368,8 @@ def test_upsampling_has_the_values_of_the_layer(options, dtype, device, deals_ou
     torch.testing.assert_close(own_values, values)
     for own, grad in zip([*own_grads, own_image_grad], [*grads, image_grad], strict=True):
         # a sum of bfloat16 in another order, to the precision of what is summed: a small element is what is left of it
-        options = {"rtol": 0.016, "atol": 0.01 * grad.abs().max().item()} if dtype is torch.bfloat16 else {}
-        torch.testing.assert_close(own, grad, **options)
+        tolerances = {"rtol": 0.016, "atol": 0.01 * grad.abs().max().item()} if dtype is torch.bfloat16 else {}
+        torch.testing.assert_close(own, grad, **tolerances)
 
 
 def test_upsampling_has_gradients_of_gradients(deals_out):

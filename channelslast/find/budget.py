@@ -11,6 +11,7 @@ from channelslast.find.distributed import Processes
 
 BUDGET = 30.0  # seconds, unless others are asked for
 PATIENT = 2.0  # times `BUDGET`, at most, where steps are slow
+MARGIN = 1.1  # times what is planned: estimates are rough, and time goes on
 EXPECTED_FIRST_STEPS = 15.0  # seconds of first steps, in which algorithms are looked for, that fit into `BUDGET`
 
 
@@ -27,15 +28,20 @@ class Budget:
         self.started = time.perf_counter()
         self.uncounted = 0.0  # seconds of compilation
         self.first_steps = 0.0  # seconds of steps in which the device looked for algorithms (cuDNN's benchmark)
-        self.waits = 0.0  # seconds more that the default takes for the fewest rounds that prove something
+        self.extension = 0.0  # seconds that the default takes on top, see `extend_to`
 
     @property
     def seconds(self) -> float:
         "What the search may take, by what is known so far."
         if self.asked is not None:
             return self.asked
-        longer = max(0.0, self.first_steps - EXPECTED_FIRST_STEPS) + self.waits
-        return BUDGET + min((PATIENT - 1) * BUDGET, longer)
+        longer = max(0.0, self.first_steps - EXPECTED_FIRST_STEPS) + self.extension
+        return min(self.longest, BUDGET + longer)
+
+    @property
+    def longest(self) -> float:
+        "What the search may take at most."
+        return PATIENT * BUDGET if self.asked is None else self.asked
 
     def measure_spent(
         self,
@@ -47,20 +53,24 @@ class Budget:
     def measure_left(
         self,
         place: Any = None,
+        is_needed: bool = False,  # for what the search is worth little without: of `longest`
     ) -> float:
         "Wait for the other processes, and return the seconds that are left; below 0 where too many are spent."
-        return self.seconds - self.measure_spent(place)
+        return (self.longest if is_needed else self.seconds) - self.measure_spent(place)
 
-    def wait_for(
+    def extend_to(
         self,
         seconds: float,
     ) -> float:
-        "Have the default hold so many seconds more, if it may; return those that are left."
-        left = self.measure_left()
-        if self.asked is not None or left >= seconds:
-            return left
-        self.waits += seconds - left
-        return self.measure_left()
+        """Have the default last until `seconds` more are left, and a little, if it may be that long.
+
+        Waits for the other processes; returns the seconds that are left.
+        """
+        spent = self.measure_spent()
+        missing = MARGIN * seconds - (self.seconds - spent)
+        if missing > 0 and self.seconds + missing <= self.longest:
+            self.extension += missing
+        return self.seconds - spent
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ def choose_row(
     able = [row for row in rows if row is not start and (is_comparable(row) if has_rounds else not row.error)]
     if not start.error:
         level = level_of(rows)
-        able = [row for row in able if _is_faster(row, start, level, has_rounds, FAR)]
+        able = [row for row in able if _is_faster(row, start, level, has_rounds)]
     elif not able:  # nor was any other timed in the rounds
         able = [row for row in rows if not row.error]
     if not able:
@@ -39,15 +39,15 @@ def _is_faster(
     other: FormatTiming,
     level: float,  # the chance of being wrong where both are equal
     has_rounds: bool,  # False: the samples are first steps
-    times: float,  # as fast as it has to be by them
+    times: float = FAR,  # as fast as it has to be by first steps and each of too few rounds
 ) -> bool:
     """Whether `row` is proved faster than `other`, by the rounds.
 
-    Where there was time for none, the first steps have to prove it, see `is_far_faster`. Where there was for fewer than
-    `MIN_ROUNDS`, they can, if `row` is `times` as fast in each round too.
+    Where there was time for none, the first steps have to prove that it is `FAR` times as fast, see `is_far_faster`.
+    Where there was for fewer than `MIN_ROUNDS`, they can, if `row` is `times` as fast in each round too.
     """
     if not has_rounds:
-        return is_far_faster(row.samples, other.samples, level, times)
+        return is_far_faster(row.samples, other.samples, level, FAR)
     if is_proved_faster(row.samples, other.samples, level):
         return True
     if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level, times):

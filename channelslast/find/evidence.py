@@ -20,7 +20,7 @@ __all__ = [
 
 LEVEL = 0.025  # the chance of a wrong choice, of all candidates together, where all are equal
 FLOOR = 1.01  # times as fast: who gains less gains nothing
-APART = 1.15  # times as fast by the steps of one fit: fits at different times differ by so much on a shared machine
+APART = 1.15  # times as fast by steps of one fit: fits at different times differ by up to 15% on a shared machine
 FAR = 1.5  # the same, where a wrong choice would change what the user has for nothing
 MIN_ROUNDS = 3  # fewer prove next to nothing
 N_ROUNDS = 10  # as many as prove a small gain; a budget that is named buys more
@@ -49,7 +49,7 @@ def is_far_faster(
     samples: Sequence[float],  # milliseconds of single steps of one fit
     others: Sequence[float],  # of a fit in the other format, at another time
     level: float,  # the chance of being wrong where the first is `times` as fast, or less
-    times: float = FAR,
+    times: float,
 ) -> bool:
     """Whether a format is more than `times` as fast as another, by a one-sided t-test of Welch on single steps.
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 __all__ = ["quick_collections"]
 
-FEW = 1000  # objects: Python 3.12 freezes 375 when it starts
+FEW = 1000  # objects: Python 3.12 keeps 375 of its own frozen
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def quick_collections() -> Iterator[Callable[[], None]]:
 
     A whole collection looks at half a million objects where fastai is loaded, at far more after a compilation; CUDA
     graphs need several for each capture. At the end, also by an error, all objects are looked at again. Where somebody
-    else has frozen many objects (`gc.freeze`) they stay so, and each collection is a whole one.
+    else has frozen `FEW` or more (`gc.freeze`) they stay so, and each collection is a whole one.
     """
     is_free = gc.get_freeze_count() < FEW
 

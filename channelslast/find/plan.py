@@ -5,7 +5,10 @@ from math import ceil
 import torch
 
 from channelslast.find.candidates import Candidate
+from channelslast.find.choice import changes
 from channelslast.find.evidence import MIN_ROUNDS, MOST_ROUNDS, N_ROUNDS
+from channelslast.find.stages import NEAR
+from channelslast.formats import TrainFormat
 
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
@@ -28,25 +31,32 @@ def round_s(
     )
 
 
-def least_of(
+def indispensable(
     candidates: list[Candidate],
+    start: TrainFormat,  # with which all are compared
 ) -> list[Candidate]:
-    "Return those without which rounds say nothing: what is needed, and the fastest choice."
+    """Return those without which rounds say nothing: what is needed, and a choice.
+
+    That is the fastest, or of what is as fast, within what a few steps tell, the one that changes least.
+    """
     choices = [candidate for candidate in candidates if not candidate.is_needed]
-    best = min(choices, key=lambda candidate: candidate.step_s, default=None)
-    return [candidate for candidate in candidates if candidate.is_needed or candidate is best]
+    least_s = min((candidate.step_s for candidate in choices), default=0.0)
+    near = [candidate for candidate in choices if candidate.step_s <= NEAR * least_s]
+    choice = min(near, key=lambda each: (len(changes(start, each.row.format)), each.step_s), default=None)
+    return [candidate for candidate in candidates if candidate.is_needed or candidate is choice]
 
 
 def split_by_time(
     candidates: list[Candidate],
+    start: TrainFormat,
     seconds: float,
     device: torch.device,
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Return those of which `seconds` hold `MIN_ROUNDS`, and the others: the slowest that are not needed are left out.
+    """Return those of which `seconds` hold `MIN_ROUNDS`, and the others: the slowest are left out first.
 
-    Where they do not hold even those of the fastest beside what is needed, all are left out.
+    Where they do not hold even those of what is indispensable, all are left out.
     """
-    timed, least = list(candidates), least_of(candidates)
+    timed, least = list(candidates), indispensable(candidates, start)
     while timed and seconds < MIN_ROUNDS * round_s(timed, 1, device):
         others = [candidate for candidate in timed if candidate not in least]
         slowest = max(others, key=lambda candidate: candidate.step_s, default=None)

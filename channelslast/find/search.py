@@ -23,8 +23,8 @@ from channelslast.find.plan import (
     LIMIT_SHARE,
     ROUNDS_SHARE,
     choose_n_steps,
+    indispensable,
     is_enough,
-    least_of,
     round_s,
     split_by_time,
 )
@@ -145,7 +145,7 @@ class Search:
         needed_s = 0.0
         if not candidate.is_needed:
             is_own_tried = any(other.is_own for other in self.candidates)
-            eager = [other.first_steps_s for other in self.candidates if not other.is_compiled]
+            eager = [other.first_steps_s for other in self.candidates if other.is_eager]
             first_steps_s = max(eager) if stage.is_first and eager else 0.0
             needed_s = (1 if is_own_tried else 2) * first_steps_s
             if not candidate.is_compiled:  # what the user asks for is tried also where no time is left for rounds
@@ -153,7 +153,7 @@ class Search:
                 needed_s += (ROUNDS_SHARE + sum(stage.share for stage in later)) * self.budget.seconds
                 if candidate.has_graphs:
                     needed_s += max(other.capture_s for other in self.candidates)
-        return self.budget.measure_left() <= needed_s
+        return self.budget.measure_left(is_needed=candidate.is_needed) <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
         started = time.perf_counter()
@@ -186,10 +186,9 @@ class Search:
 
     def is_late(self, candidate: Candidate, place: Any) -> bool:
         "Wait for the other processes, and return whether to end the warm-up of `candidate` for lack of time."
-        left = self.budget.measure_left(place)
         # The default waits for what all others are compared with, and is longer then
-        is_patient = self.budget.asked is None and candidate.is_needed
-        return left <= 0 and not candidate.is_compiled and not is_patient
+        left = self.budget.measure_left(place, candidate.is_needed)
+        return left <= 0 and not candidate.is_compiled
 
     def check_any_remain(self) -> None:
         "Raise an error if no choice is left: what the Learner itself raised, at first in the format that it has."
@@ -224,10 +223,11 @@ class Search:
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s = self.budget.measure_spent()
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
-        least = least_of(finalists)
-        needed_s = MIN_ROUNDS * round_s(least, 1, self.device) if least else 0.0
-        left = self.budget.wait_for(needed_s + kept) - kept
-        timed, left_out = split_by_time(finalists, left, self.device)
+        left = self.budget.measure_left() - kept
+        if _is_choice_left(finalists):
+            least = indispensable(finalists, self.start)
+            left = self.budget.extend_to(MIN_ROUNDS * round_s(least, 1, self.device) + kept) - kept
+        timed, left_out = split_by_time(finalists, self.start, left, self.device)
         for candidate in left_out:
             candidate.row.note = f"{counted(len(candidate.row.samples), 'step')}, no time for rounds"
         if not timed:
@@ -247,8 +247,8 @@ class Search:
             self.check_any_remain()
             before, left = left, self.budget.measure_left() - kept
             self.round_s = before - left
-            if n_rounds < MIN_ROUNDS:
-                left = self.budget.wait_for((MIN_ROUNDS - n_rounds) * self.round_s + kept) - kept
+            if n_rounds < MIN_ROUNDS and _is_choice_left(finalists):
+                left = self.budget.extend_to((MIN_ROUNDS - n_rounds) * self.round_s + kept) - kept
 
     def time(self, candidate: Candidate) -> None:
         steps, error = self.train_again(candidate, Round, n=self.n_steps)
@@ -323,3 +323,8 @@ class Search:
         steps, error = self.train_again(candidate, OptimizerSteps, n=N_OPTIMIZER_STEPS)
         share = 0.0 if error else min(1.0, steps.read_step_ms() / candidate.row.ms)
         return self.processes.decide_together(max, share) or None
+
+
+def _is_choice_left(candidates: list[Candidate]) -> bool:
+    "Whether there is any to choose in the place of what the Learner has."
+    return any(each.is_choice and not each.is_own and not each.row.error for each in candidates)
