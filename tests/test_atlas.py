@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_parts_measure_everything_once(run, measured):
         run("--part", "3/2")
 
 
+def test_two_processes_begin_a_file(atlas, tmp_path, monkeypatch):
+    file, link = tmp_path / "rows.csv", os.link
+
+    def late(source, target):
+        monkeypatch.setattr(os, "link", link)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        atlas.append(file, {"model": "resnet18"})  # the other process, since it was looked whether there is a file
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    atlas.append(file, {"model": "resnet34"})
+    assert [row["model"] for row in atlas.rows_of(file)] == ["resnet18", "resnet34"] and list(tmp_path.iterdir()) == [
+        file
+    ]
+
+
 def test_it_lists_enough_architectures_that_exist(atlas):
     every = {name for names in arch_names().values() for name in names}
     assert len(atlas.TYPICAL_BS) >= 60 and set(atlas.TYPICAL_BS) <= every
@@ -99,7 +116,12 @@ def test_what_ended_the_process_is_told_by_the_next_run(run, measured, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "options, end", [([], "threads.csv"), (["--compile"], "-compile.csv"), (["--bs", "128"], "-b128.csv")]
+    "options, end",
+    [
+        ([], "threads.csv"),
+        (["--compile"], "-compile.csv"),
+        (["--bs", "128", "--opt", "fused"], "-fused_adamw-b128.csv"),
+    ],
 )
 def test_the_file_is_named_for_the_device_and_the_setting(run, measured, tmp_path, options, end):
     run("--archs", "resnet18", *options)

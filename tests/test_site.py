@@ -82,7 +82,9 @@ def test_a_table_of_the_atlas_leaves_out_columns_without_a_value(tmp_path):
     file.write_text(",".join(names) + "\n" + ",".join(values.get(name, "") for name in names) + "\n")
     html = atlas.table(file)
     assert "resnet&lt;18&gt;" in html and "<td>3.5</td>" in html and html.count("<th>") == 2
-    assert atlas.heading(file).startswith("H200: PyTorch 2.11")
+    assert atlas.heading(file).startswith("H200, fastai's Adam; PyTorch 2.11")
+    compiled = file.rename(file.with_stem("benchmark-fused_adamw-compile"))
+    assert atlas.heading(compiled).startswith("H200, PyTorch's fused AdamW, compiled too; PyTorch 2.11")
 
 
 @pytest.mark.parametrize("file", sorted(SITE.parent.glob("*.ipynb")), ids=lambda file: file.stem)

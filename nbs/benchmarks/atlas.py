@@ -18,6 +18,7 @@ import argparse
 import csv
 import gc
 import json
+import os
 import re
 import shlex
 import sys
@@ -142,8 +143,12 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    with suppress(FileExistsError), file.open("x") as stream:  # another process may begin it
-        stream.write(",".join(COLUMNS.split()) + "\n")
+    if not file.exists():
+        new = file.with_suffix(f".{os.getpid()}.new")
+        new.write_text(",".join(COLUMNS.split()) + "\n")
+        with suppress(FileExistsError):  # another process has begun it
+            os.link(new, file)
+        new.unlink()
     with file.open("a", newline="") as stream:
         csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
 

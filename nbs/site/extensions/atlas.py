@@ -41,7 +41,10 @@ def heading(file: Path) -> str:
     with file.open(newline="") as stream:
         last = list(csv.DictReader(stream))[-1]
     cuda = f", CUDA {last['cuda']}, cuDNN {last['cudnn']}" if last["cuda"] else ""
-    return f"{last['device']}: PyTorch {last['torch']}{cuda}, fastai {last['fastai']}, {last['date']}"
+    optimizer = "PyTorch's fused AdamW" if "-fused_adamw" in file.stem else "fastai's Adam"
+    compiled = ", compiled too" if "-compile" in file.stem else ""
+    setting = f"{optimizer}{compiled}; PyTorch {last['torch']}{cuda}, fastai {last['fastai']}, {last['date']}"
+    return f"{last['device']}, {setting}"
 
 
 class Atlas(SphinxDirective):
