@@ -93,6 +93,19 @@ class TimedNet(TinyNet):
         return super().forward(x)
 
 
+class Slow(TimedNet):
+    "Takes seconds more for a batch, by the format."
+
+    def __init__(self, clock, seconds):
+        super().__init__(clock)
+        self.seconds = seconds
+
+    def forward(self, x):
+        is_last, is_bf16 = x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled("cpu")
+        self.tick(self.seconds(is_last, is_bf16))
+        return super().forward(x)
+
+
 @pytest.fixture
 def timed(new_learner, clock, bf16_cpu):
     return new_learner(lambda: TimedNet(clock))
@@ -366,12 +379,7 @@ def test_seconds_asked_for_are_not_exceeded(timed, clock, many_rounds, budget):
 
 
 def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
-    class Slow(TimedNet):
-        def forward(self, x):
-            clock.tick(1.0)
-            return super().forward(x)
-
-    timings = new_learner(lambda: Slow(clock)).format_find(show_plot=False)
+    timings = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.0)).format_find(show_plot=False)
     assert clock.now < 45 and len(timings.row(CONTIGUOUS).samples) == 3
 
 
@@ -442,19 +450,6 @@ def test_default_is_extended_for_what_proves_something(clock, monkeypatch):
     assert named.extend_to(40) < 14 and named.seconds == 14 > named.measure_left(is_needed=True)
 
 
-class Slow(TimedNet):
-    "Takes seconds more for a batch, by the format."
-
-    def __init__(self, clock, seconds):
-        super().__init__(clock)
-        self.seconds = seconds
-
-    def forward(self, x):
-        is_last, is_bf16 = x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled("cpu")
-        self.tick(self.seconds(is_last, is_bf16))
-        return super().forward(x)
-
-
 def test_default_waits_for_rounds(new_learner, clock, bf16_cpu, many_rounds):
     learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.2 if is_last and is_bf16 else 2.4))
     timings = learn.format_find(show_plot=False)
@@ -504,12 +499,7 @@ def test_second_cuda_graph_is_not_tried_where_it_takes_the_time_for_rounds(learn
 
 
 def test_first_stage_keeps_time_for_those_after_it(new_learner, clock, bf16_cpu):
-    class Slow(TimedNet):
-        def forward(self, x):
-            clock.tick(0.5)
-            return super().forward(x)
-
-    learn = new_learner(lambda: Slow(clock))
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 0.5))
     stages = new_stages(learn)
     assert [stage.share for stage in stages] == [0, 0.1]
     tried = {}
