@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 import weakref
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from itertools import count
@@ -170,6 +171,28 @@ def test_nothing_stays_frozen_after_a_search(learn, bf16_cpu, nothing_frozen):
     assert learn.add_cb(Fails()).format_find(show_plot=False).row(LAST).error.startswith("KeyError")
     assert min(n_frozen) > 0 and len(set(n_frozen)) > 1  # more after the error
     assert gc.get_freeze_count() == 0
+
+
+def test_nothing_of_a_fit_outlives_the_collection_after_it(learn, bf16_cpu, monkeypatch):
+    class Watches(Callback):
+        def after_loss(self):
+            refs.extend(map(weakref.ref, (self.learn.pred, self.learn.loss_grad)))
+
+    @contextmanager
+    def collections():
+        def collect():
+            gc.collect()
+            n_alive.append((len(refs), sum(ref() is not None for ref in refs)))
+            refs.clear()
+
+        yield collect
+
+    refs, n_alive = [], []
+    monkeypatch.setattr("channelslast.find.run.quick_collections", collections)
+    has_graphs = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(Candidate, "has_graphs", has_graphs, raising=False)
+    learn.add_cb(Watches()).format_find([LAST], show_plot=False, budget=1)
+    assert len(n_alive) > 5 and all(n and not alive for n, alive in n_alive)
 
 
 def test_fused_steps_that_pay_are_found(timed, clock):
@@ -1525,7 +1548,9 @@ def memory_after_clearing():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tries_kernels", [False, True], ids=["heuristics", "cudnn.benchmark"])
-def test_memory_of_the_search_is_that_of_its_hungriest_candidate(cuda_learner, monkeypatch, tries_kernels):
+def test_memory_of_the_search_is_that_of_its_hungriest_candidate(
+    cuda_learner, monkeypatch, nothing_frozen, tries_kernels
+):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", tries_kernels)
     peaks = []
     real = torch.cuda.reset_peak_memory_stats
@@ -1613,7 +1638,7 @@ def test_loss_scale_goes_on_from_round_to_round(cuda_learner):
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore")
-def test_cuda_graphs_are_timed_interleaved_and_given_back(cuda_learner, assert_unchanged):
+def test_cuda_graphs_are_timed_interleaved_and_given_back(cuda_learner, assert_unchanged, nothing_frozen):
     learn = cuda_learner()
     learn.model.to("cuda")
     before = memory_after_clearing()
