@@ -26,7 +26,7 @@ def test_what_outlives_a_collection_is_passed_over_until_the_end(nothing_frozen)
         collect()
         assert outlived() is not None
         raise KeyError
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < FEW
     gc.collect()
     assert outlived() is None
 
@@ -41,7 +41,7 @@ def test_what_python_freezes_when_it_starts_is_no_reason_for_whole_collections(n
     monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)
     with quick_collections():
         assert n_frozen() > 1000
-    assert n_frozen() == 0
+    assert n_frozen() < FEW
 
 
 def test_what_others_have_frozen_stays_so(nothing_frozen):
