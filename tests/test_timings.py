@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from channelslast.find import FormatTiming, FormatTimings
+from channelslast.find.choice import is_clear
 from channelslast.find.evidence import LEVEL
 from channelslast.formats import TrainFormat
 
@@ -155,6 +156,22 @@ def test_among_faster_ones_too_few_rounds_choose_what_is_apart_in_all_that_was_s
     for row, ms in zip(timings, (100, 50, first_ms)):
         row.first_samples = around(ms)
     assert timings.best == best
+
+
+@pytest.mark.parametrize(
+    "samples, clear",
+    [
+        ({CONTIGUOUS: [100, 110, 90, 105, 95], LAST: [50, 55, 45, 52, 48]}, True),
+        ({CONTIGUOUS: [100, 110, 90, 105, 95], LAST: [50, 55, 45, 52, 90]}, False),  # a round shows it less
+        ({CONTIGUOUS: [100] * 5, LAST: [50] * 5, LAST_BF16: [48] * 5}, False),  # two are near
+        ({CONTIGUOUS: [100] * 5, LAST: [120] * 5}, True),  # stay
+        ({CONTIGUOUS: [100] * 5, LAST: [105] * 5}, False),
+        ({CONTIGUOUS: "out of memory", LAST: [50] * 5}, True),
+    ],
+)
+def test_rounds_that_all_show_the_same_by_far_are_clear(samples, clear):
+    rows = list(new_timings(samples))
+    assert is_clear(rows, rows[0]) == clear
 
 
 def test_best_where_the_format_of_the_learner_fails():

@@ -4,7 +4,7 @@ from channelslast.find.evidence import APART, FAR, LEVEL, MIN_ROUNDS, is_far_fas
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
-__all__ = ["AMONG_FASTER", "choose_row", "changes", "is_comparable", "level_of"]
+__all__ = ["AMONG_FASTER", "choose_row", "changes", "is_clear", "is_comparable", "level_of"]
 
 AMONG_FASTER = 0.05  # of the test between formats that are all faster than what the Learner had
 
@@ -32,6 +32,17 @@ def choose_row(
     fastest = min(able, key=lambda row: row.ms)
     equal = [row for row in able if not _is_faster(fastest, row, AMONG_FASTER, has_rounds, APART)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
+
+
+def is_clear(
+    rows: list[FormatTiming],
+    start: FormatTiming,
+) -> bool:
+    "Whether what is chosen was `APART` times as fast as all others in each of the rounds: more would choose the same."
+    best = choose_row(rows, start)
+    others = [row for row in rows if is_comparable(row) and row is not best]
+    pairs = [pair for row in others for pair in zip(best.samples, row.samples)]
+    return is_comparable(best) and all(APART * ms < other_ms for ms, other_ms in pairs)
 
 
 def _is_faster(

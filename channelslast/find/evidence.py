@@ -11,6 +11,7 @@ __all__ = [
     "FAR",
     "APART",
     "MIN_ROUNDS",
+    "CLEAR_ROUNDS",
     "N_ROUNDS",
     "MOST_ROUNDS",
     "is_proved_faster",
@@ -24,6 +25,7 @@ APART = 1.15  # times as fast by steps of one fit: fits at different times diffe
 FAR = 1.5  # the same, where a wrong choice would change what the user has for nothing
 MIN_ROUNDS = 3  # fewer prove next to nothing
 N_ROUNDS = 10  # as many as prove a small gain; a budget that is named buys more
+CLEAR_ROUNDS = 5  # do where each of them shows the same, by far
 MOST_ROUNDS = 40  # that a search makes
 
 

@@ -1,12 +1,13 @@
 "How a search spends its time on rounds: how many, of how many steps."
 
+from collections.abc import Callable
 from math import ceil
 
 import torch
 
 from channelslast.find.candidates import Candidate
 from channelslast.find.choice import changes
-from channelslast.find.evidence import MIN_ROUNDS, MOST_ROUNDS, N_ROUNDS
+from channelslast.find.evidence import CLEAR_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, N_ROUNDS
 from channelslast.find.stages import NEAR
 from channelslast.formats import TrainFormat
 
@@ -80,5 +81,8 @@ def choose_n_steps(
 def is_enough(
     n_rounds: int,
     is_asked: bool,  # a budget is named
+    is_clear: Callable[[], bool],  # whether all rounds show the same, by far
 ) -> bool:
-    return n_rounds >= (MOST_ROUNDS if is_asked else N_ROUNDS)
+    if is_asked:
+        return n_rounds >= MOST_ROUNDS
+    return n_rounds >= N_ROUNDS or (n_rounds >= CLEAR_ROUNDS and is_clear())

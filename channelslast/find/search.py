@@ -15,6 +15,7 @@ from channelslast.devices import device_name, training_device
 from channelslast.find.batches import load_batches, n_items_in
 from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, new_candidate
+from channelslast.find.choice import is_clear
 from channelslast.find.distributed import Processes
 from channelslast.find.evidence import MIN_ROUNDS
 from channelslast.find.fits import Fits
@@ -238,7 +239,8 @@ class Search:
         for candidate in finalists:
             candidate.row.first_samples, candidate.row.samples = candidate.row.samples, []
         n_rounds = 0
-        while not is_enough(n_rounds, self.budget.asked is not None) and left > 0.9 * self.round_s:
+        is_asked = self.budget.asked is not None
+        while not is_enough(n_rounds, is_asked, self.is_clear) and left > 0.9 * self.round_s:
             for candidate in finalists[:: -1 if n_rounds % 2 else 1]:  # to and fro, for drift to favour none
                 if not candidate.row.error:
                     self.tell(f"rounds: {candidate.row.format}")
@@ -249,6 +251,10 @@ class Search:
             self.round_s = before - left
             if n_rounds < MIN_ROUNDS and _is_choice_left(finalists):
                 left = self.budget.extend_to((MIN_ROUNDS - n_rounds) * self.round_s + kept) - kept
+
+    def is_clear(self) -> bool:
+        rows = [candidate.row for candidate in self.candidates if candidate.is_choice]
+        return is_clear(rows, next(row for row in rows if row.format == self.start))
 
     def time(self, candidate: Candidate) -> None:
         steps, error = self.train_again(candidate, Round, n=self.n_steps)
