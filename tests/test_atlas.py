@@ -64,16 +64,15 @@ def test_two_processes_begin_a_file(atlas, tmp_path, monkeypatch):
     file, link = tmp_path / "rows.csv", os.link
 
     def late(source, target):
-        monkeypatch.setattr(os, "link", link)
-        monkeypatch.setattr(os, "getpid", lambda: 0)
-        atlas.append(file, {"model": "resnet18"})  # the other process, since it was looked whether there is a file
+        link(source, target)  # the other process
+        atlas.append(file, {"model": "resnet18"})
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
+    atlas.begin(file)
     atlas.append(file, {"model": "resnet34"})
-    assert [row["model"] for row in atlas.rows_of(file)] == ["resnet18", "resnet34"] and list(tmp_path.iterdir()) == [
-        file
-    ]
+    assert [row["model"] for row in atlas.rows_of(file)] == ["resnet18", "resnet34"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_it_lists_enough_architectures_that_exist(atlas):

@@ -170,7 +170,7 @@ def test_nothing_stays_frozen_after_a_search(learn, bf16_cpu, nothing_frozen):
 
     n_frozen = []
     assert learn.add_cb(Fails()).format_find(show_plot=False).row(LAST).error.startswith("KeyError")
-    assert min(n_frozen) > 0 and len(set(n_frozen)) > 1  # more after the error
+    assert min(n_frozen) >= FEW and len(set(n_frozen)) > 1  # more after the error
     assert gc.get_freeze_count() < FEW
 
 
@@ -404,7 +404,7 @@ def test_seconds_asked_for_are_not_exceeded(timed, clock, many_rounds, budget):
 
 def test_default_is_bounded(new_learner, clock, bf16_cpu, many_rounds):
     timings = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.0)).format_find(show_plot=False)
-    assert clock.now < 45 and len(timings.row(CONTIGUOUS).samples) == 3
+    assert clock.now < 36 and timings.row(CONTIGUOUS).samples
 
 
 def test_slower_ones_are_left_out_where_time_is_short(timed, many_rounds):
@@ -482,10 +482,42 @@ def test_default_waits_for_rounds(new_learner, clock, bf16_cpu, many_rounds):
     assert not any(row.note is None and row.samples for row in learn.format_find(show_plot=False, budget=30))
 
 
-def test_default_does_not_wait_where_there_is_nothing_to_choose(new_learner, clock, bf16_cpu, many_rounds):
-    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 4.0 if is_last or is_bf16 else 2.0))
+@pytest.mark.parametrize("slower", [1.0, 1.1, 1.4, 2.0])
+def test_default_does_not_wait_where_nothing_looks_faster(new_learner, clock, bf16_cpu, many_rounds, slower):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 2 * slower if is_last or is_bf16 else 2.0))
     timings = learn.format_find(show_plot=False)
     assert timings.best == CONTIGUOUS and clock.now < 36
+
+
+def test_default_does_not_wait_where_the_own_format_fails(new_learner, clock, bf16_cpu, many_rounds):
+    class Fails(Slow):
+        def forward(self, x):
+            if not torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("no float32")
+            return super().forward(x)
+
+    timings = new_learner(lambda: Fails(clock, lambda is_last, is_bf16: 2.0)).format_find(show_plot=False)
+    assert timings.row(CONTIGUOUS).error and clock.now < 36
+
+
+def test_default_waits_for_the_only_choice_and_its_rounds(new_learner, clock, bf16_cpu, many_rounds):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.2 if is_bf16 else 4.0))
+    timings = learn.format_find(["channels last bf16"], show_plot=False)
+    assert timings.best == LAST_BF16 and len(timings.row(LAST_BF16).samples) == 3 and clock.now < 61
+
+
+def test_what_limits_the_step_is_not_told_where_rounds_take_the_minute(new_learner, clock, bf16_cpu, many_rounds):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 1.5 if is_bf16 and is_last else 3.0))
+    timings = learn.format_find(show_plot=False)
+    assert timings.best == LAST_BF16 and len(timings.row(LAST_BF16).samples) >= 3 and clock.now < 64
+
+
+def test_gpu_is_not_profiled_where_the_time_is_up(new_learner, clock, bf16_cpu, monkeypatch):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 8.0))
+    monkeypatch.setattr(Search, "measure_busy", lambda self, candidate: profiled.append(candidate.row.format))
+    profiled = []
+    learn.format_find(show_plot=False)
+    assert profiled == []
 
 
 @pytest.mark.parametrize("seconds", [8, 12, 20, 40])
@@ -493,7 +525,7 @@ def test_default_ends_within_a_minute_and_a_step(new_learner, clock, bf16_cpu, m
     learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: seconds))
     timings = learn.format_find(show_plot=False)
     assert timings.best == CONTIGUOUS and clock.now <= 60 + seconds + 1
-    assert timings.row(CONTIGUOUS).is_tried or seconds == 40  # one step of the first took the time
+    assert timings.row(CONTIGUOUS).is_tried
 
 
 @pytest.mark.parametrize("budget, n_rounds", [(None, 3), (30, 2)])

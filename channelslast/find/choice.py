@@ -6,7 +6,7 @@ from channelslast.formats import TrainFormat
 
 __all__ = ["AMONG_FASTER", "choose_row", "changes", "is_clear", "is_comparable", "level_of"]
 
-AMONG_FASTER = 0.05  # of the test between formats that are all faster than what the Learner had
+AMONG_FASTER = 0.05  # the level of the tests between formats that are all faster than what the Learner had
 
 
 def choose_row(
@@ -30,7 +30,8 @@ def choose_row(
     if not able:
         return start
     fastest = min(able, key=lambda row: row.ms)
-    equal = [row for row in able if not _is_faster(fastest, row, AMONG_FASTER, has_rounds, APART)]
+    level = AMONG_FASTER / max(1, len(able) - 1)
+    equal = [row for row in able if not _is_faster(fastest, row, level, has_rounds, APART)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
 
 
@@ -38,7 +39,7 @@ def is_clear(
     rows: list[FormatTiming],
     start: FormatTiming,
 ) -> bool:
-    "Whether what is chosen was `APART` times as fast as all others in each of the rounds: more would choose the same."
+    "Whether what is chosen was `APART` times as fast as all others in each round: more would hardly choose another."
     best = choose_row(rows, start)
     others = [row for row in rows if is_comparable(row) and row is not best]
     pairs = [pair for row in others for pair in zip(best.samples, row.samples)]
@@ -50,7 +51,7 @@ def _is_faster(
     other: FormatTiming,
     level: float,  # the chance of being wrong where both are equal
     has_rounds: bool,  # False: the samples are first steps
-    times: float = FAR,  # as fast as it has to be by first steps and each of too few rounds
+    times: float = FAR,  # as fast as it has to be in too few rounds, and in the first steps before these
 ) -> bool:
     """Whether `row` is proved faster than `other`, by the rounds.
 

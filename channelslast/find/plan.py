@@ -38,7 +38,7 @@ def indispensable(
 ) -> list[Candidate]:
     """Return those without which rounds say nothing: what is needed, and a choice.
 
-    That is the fastest, or of what is as fast, within what a few steps tell, the one that changes least.
+    That is the fastest, or of what takes up to `NEAR` times as long by a few steps, the one that changes least.
     """
     choices = [candidate for candidate in candidates if not candidate.is_needed]
     least_s = min((candidate.step_s for candidate in choices), default=0.0)

@@ -37,8 +37,10 @@ from channelslast.formats import TrainFormat, uncompiled
 from channelslast.optimizer import fused_form
 from channelslast.summary.gpu import busy_seconds
 
+NOT_REACHED = "not reached in time"
 N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
 UNSTEADY = 1.2  # times the shortest step
+WORTH_WAITING = 1.05  # times as fast by first steps
 
 
 class Search:
@@ -104,14 +106,19 @@ class Search:
         "Warm `candidate` up if there is time for it."
         if self.lacks_time(candidate, stage):
             candidate.row.is_tried = False
-            candidate.row.error = f"not reached in {self.budget.seconds:.3g} seconds"
+            candidate.row.error = NOT_REACHED
             return
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
         if self.is_unsteady(candidate):
             self.look_again(candidate)
         is_hopeful = candidate in able(self.candidates) and not candidate.row.note
-        if is_hopeful and candidate.is_eager and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s:
+        if (
+            is_hopeful
+            and candidate.is_eager
+            and candidate.step_s <= HOPELESS * fastest(self.candidates).step_s
+            and self.budget.measure_left() > (candidate.n_lead(self.device) + 1) * candidate.step_s
+        ):
             candidate.busy_s = self.measure_busy(candidate)
 
     def is_unsteady(self, candidate: Candidate) -> bool:
@@ -144,7 +151,9 @@ class Search:
         if candidate is self.candidates[0]:
             return False
         needed_s = 0.0
-        if not candidate.is_needed:
+        others = [other for other in self.candidates if other is not candidate]
+        is_needed = candidate.is_needed or all(other.is_needed for other in others)  # the first choice
+        if not is_needed:
             is_own_tried = any(other.is_own for other in self.candidates)
             eager = [other.first_steps_s for other in self.candidates if other.is_eager]
             first_steps_s = max(eager) if stage.is_first and eager else 0.0
@@ -154,7 +163,7 @@ class Search:
                 needed_s += (ROUNDS_SHARE + sum(stage.share for stage in later)) * self.budget.seconds
                 if candidate.has_graphs:
                     needed_s += max(other.capture_s for other in self.candidates)
-        return self.budget.measure_left(is_needed=candidate.is_needed) <= needed_s
+        return self.budget.measure_left(is_needed=is_needed) <= needed_s
 
     def warm_up(self, candidate: Candidate) -> None:
         started = time.perf_counter()
@@ -224,10 +233,12 @@ class Search:
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s = self.budget.measure_spent()
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
-        left = self.budget.measure_left() - kept
-        if _is_choice_left(finalists):
-            least = indispensable(finalists, self.start)
-            left = self.budget.extend_to(MIN_ROUNDS * round_s(least, 1, self.device) + kept) - kept
+        is_worth_it = _is_worth_waiting(finalists)
+        needed_s = MIN_ROUNDS * round_s(indispensable(finalists, self.start), 1, self.device) if is_worth_it else 0.0
+        left = self.budget.extend_to(needed_s + kept) - kept
+        if left < needed_s:
+            kept = 0.0  # what limits the step is told where there is time for it
+            left = self.budget.extend_to(needed_s)
         timed, left_out = split_by_time(finalists, self.start, left, self.device)
         for candidate in left_out:
             candidate.row.note = f"{counted(len(candidate.row.samples), 'step')}, no time for rounds"
@@ -249,7 +260,7 @@ class Search:
             self.check_any_remain()
             before, left = left, self.budget.measure_left() - kept
             self.round_s = before - left
-            if n_rounds < MIN_ROUNDS and _is_choice_left(finalists):
+            if n_rounds < MIN_ROUNDS and is_worth_it:
                 left = self.budget.extend_to((MIN_ROUNDS - n_rounds) * self.round_s + kept) - kept
 
     def is_clear(self) -> bool:
@@ -289,6 +300,8 @@ class Search:
         "Measure what limits the best candidate, and return the result."
         for row in [candidate.row for candidate in self.candidates]:
             row.items_per_s = 1000 * self.n_items / row.ms
+            if row.error == NOT_REACHED:
+                row.error = f"not reached in {self.budget.seconds:.3g} seconds"
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
             start=self.start,
@@ -331,6 +344,8 @@ class Search:
         return self.processes.decide_together(max, share) or None
 
 
-def _is_choice_left(candidates: list[Candidate]) -> bool:
-    "Whether there is any to choose in the place of what the Learner has."
-    return any(each.is_choice and not each.is_own and not each.row.error for each in candidates)
+def _is_worth_waiting(finalists: list[Candidate]) -> bool:
+    "Whether one looks faster than what the Learner has, so that rounds may prove it."
+    own = [candidate.step_s for candidate in finalists if candidate.is_own]
+    choices = [candidate.step_s for candidate in finalists if candidate.is_choice and not candidate.is_own]
+    return bool(own and choices) and WORTH_WAITING * min(choices) < own[0]

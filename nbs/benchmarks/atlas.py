@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -142,13 +143,16 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
     return found
 
 
-def append(file: Path, row: dict[str, Any]) -> None:
-    if not file.exists():
-        new = file.with_suffix(f".{os.getpid()}.new")
+def begin(file: Path) -> None:
+    "Write the header, where no process has; whole, for several begin at once."
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        new = Path(folder) / file.name
         new.write_text(",".join(COLUMNS.split()) + "\n")
-        with suppress(FileExistsError):  # another process has begun it
+        with suppress(FileExistsError):
             os.link(new, file)
-        new.unlink()
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
     with file.open("a", newline="") as stream:
         csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
 
@@ -182,6 +186,7 @@ def drop_failed(file: Path) -> None:
     "Write `file` again without the rows that have no figures."
     kept = [row for row in rows_of(file) if row["ms"]]
     file.unlink(missing_ok=True)
+    begin(file)
     for row in kept:
         append(file, row)
 
@@ -198,6 +203,7 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
     "Measure what is not in the file yet, until the time is up; return the file."
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / file_name(args, device)
+    begin(file)
     if args.retry:
         drop_failed(file)
     part, n_parts = args.part
