@@ -15,6 +15,7 @@ FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
+WORTH_WAITING = 1.05  # times as fast by first steps
 ROUNDS_SHARE = 0.3  # of the budget, kept for rounds
 LIMIT_SHARE = 0.05  # of the budget, kept for finding what limits the best step
 
@@ -45,6 +46,15 @@ def indispensable(
     near = [candidate for candidate in choices if candidate.step_s <= NEAR * least_s]
     choice = min(near, key=lambda each: (len(changes(start, each.row.format)), each.step_s), default=None)
     return [candidate for candidate in candidates if candidate.is_needed or candidate is choice]
+
+
+def is_worth_waiting(
+    candidates: list[Candidate],
+) -> bool:
+    "Whether one looks faster than what the Learner has, so that rounds may prove it."
+    own = [candidate.step_s for candidate in candidates if candidate.is_own]
+    choices = [candidate.step_s for candidate in candidates if candidate.is_choice and not candidate.is_own]
+    return bool(own and choices) and WORTH_WAITING * min(choices) < own[0]
 
 
 def split_by_time(

@@ -26,6 +26,7 @@ from channelslast.find.plan import (
     choose_n_steps,
     indispensable,
     is_enough,
+    is_worth_waiting,
     round_s,
     split_by_time,
 )
@@ -40,7 +41,6 @@ from channelslast.summary.gpu import busy_seconds
 NOT_REACHED = "not reached in time"
 N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
 UNSTEADY = 1.2  # times the shortest step
-WORTH_WAITING = 1.05  # times as fast by first steps
 
 
 class Search:
@@ -233,7 +233,7 @@ class Search:
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s = self.budget.measure_spent()
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
-        is_worth_it = _is_worth_waiting(finalists)
+        is_worth_it = is_worth_waiting(finalists)
         needed_s = MIN_ROUNDS * round_s(indispensable(finalists, self.start), 1, self.device) if is_worth_it else 0.0
         left = self.budget.extend_to(needed_s + kept) - kept
         if left < needed_s:
@@ -342,10 +342,3 @@ class Search:
         steps, error = self.train_again(candidate, OptimizerSteps, n=N_OPTIMIZER_STEPS)
         share = 0.0 if error else min(1.0, steps.read_step_ms() / candidate.row.ms)
         return self.processes.decide_together(max, share) or None
-
-
-def _is_worth_waiting(finalists: list[Candidate]) -> bool:
-    "Whether one looks faster than what the Learner has, so that rounds may prove it."
-    own = [candidate.step_s for candidate in finalists if candidate.is_own]
-    choices = [candidate.step_s for candidate in finalists if candidate.is_choice and not candidate.is_own]
-    return bool(own and choices) and WORTH_WAITING * min(choices) < own[0]
