@@ -106,6 +106,12 @@ def test_no_search_begins_after_the_budget(run, measured):
     assert len(run("--archs", "resnet18", "resnet34", "--budget", "0")) == 1 and measured == ["resnet18"]
 
 
+def test_a_run_that_measures_nothing_leaves_no_file(atlas, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atlas.py", "--device", "cpu", "--folder", str(tmp_path), "--budget", "0"])
+    atlas.main()
+    assert not list(tmp_path.iterdir()) and not measured  # a page of the site has no table without a row
+
+
 def test_what_ended_the_process_is_told_by_the_next_run(run, measured, tmp_path):
     run("--archs", "resnet18")
     (file,) = tmp_path.glob("*.csv")

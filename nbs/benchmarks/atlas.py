@@ -153,6 +153,8 @@ def begin(file: Path) -> None:
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
+    if not file.exists():
+        begin(file)
     with file.open("a", newline="") as stream:
         csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
 
@@ -186,7 +188,6 @@ def drop_failed(file: Path) -> None:
     "Write `file` again without the rows that have no figures."
     kept = [row for row in rows_of(file) if row["ms"]]
     file.unlink(missing_ok=True)
-    begin(file)
     for row in kept:
         append(file, row)
 
@@ -203,7 +204,6 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
     "Measure what is not in the file yet, until the time is up; return the file."
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / file_name(args, device)
-    begin(file)
     if args.retry:
         drop_failed(file)
     part, n_parts = args.part
