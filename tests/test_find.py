@@ -36,7 +36,7 @@ from channelslast.find.candidates import Candidate, why_not
 from channelslast.find.distributed import Processes
 from channelslast.find.fits import Fits
 from channelslast.find.garbage import FEW
-from channelslast.find.plan import split_by_time
+from channelslast.find.plan import indispensable, split_by_time
 from channelslast.find.run import find_format, room_for_compiled
 from channelslast.find.search import Search
 from channelslast.find.stages import Stage, fixed_stage, new_stages
@@ -418,7 +418,7 @@ def test_rounds_are_of_those_that_the_time_holds():
     candidates[0].is_own = True
     device = torch.device("cpu")
     for seconds, n_timed in {42: 3, 41: 2, 30: 2, 29: 0}.items():
-        timed, left_out = split_by_time(candidates, CONTIGUOUS, seconds, device)
+        timed, left_out = split_by_time(candidates, indispensable(candidates, CONTIGUOUS), seconds, device)
         assert len(timed) == n_timed and timed + left_out == [
             *(candidates if n_timed != 2 else [candidates[0], candidates[2], candidates[1]])
         ]
@@ -454,11 +454,12 @@ def test_of_what_is_as_fast_rounds_are_of_the_one_that_changes_least():
     own, bf16, fused, _ = candidates
     device = torch.device("cpu")
     timed = {
-        n: split_by_time(candidates, CONTIGUOUS, seconds, device)[0] for n, seconds in {4: 44, 3: 37, 2: 31}.items()
+        n: split_by_time(candidates, indispensable(candidates, CONTIGUOUS), seconds, device)[0]
+        for n, seconds in {4: 44, 3: 37, 2: 31}.items()
     }
     assert timed == {4: candidates, 3: [own, bf16, fused], 2: [own, bf16]}
     bf16.step_s = 1.15
-    assert split_by_time(candidates, CONTIGUOUS, 31, device)[0] == [own, fused]
+    assert split_by_time(candidates, indispensable(candidates, CONTIGUOUS), 31, device)[0] == [own, fused]
 
 
 def test_default_is_extended_for_what_proves_something(clock, monkeypatch):
@@ -513,7 +514,7 @@ def test_what_limits_the_step_is_not_told_where_rounds_take_the_minute(new_learn
 
 
 def test_gpu_is_not_profiled_where_the_time_is_up(new_learner, clock, bf16_cpu, monkeypatch):
-    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 8.0))
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 6.0))
     monkeypatch.setattr(Search, "measure_busy", lambda self, candidate: profiled.append(candidate.row.format))
     profiled = []
     learn.format_find(show_plot=False)

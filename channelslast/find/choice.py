@@ -42,8 +42,7 @@ def is_clear(
     "Whether what is chosen was `APART` times as fast as all others in each round: more would hardly choose another."
     best = choose_row(rows, start)
     others = [row for row in rows if is_comparable(row) and row is not best]
-    pairs = [pair for row in others for pair in zip(best.samples, row.samples)]
-    return is_comparable(best) and all(APART * ms < other_ms for ms, other_ms in pairs)
+    return is_comparable(best) and all(_is_faster_in_each_round(best, row, APART) for row in others)
 
 
 def _is_faster(
@@ -64,6 +63,10 @@ def _is_faster(
         return True
     if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level, times):
         return False
+    return _is_faster_in_each_round(row, other, times)
+
+
+def _is_faster_in_each_round(row: FormatTiming, other: FormatTiming, times: float) -> bool:
     return all(times * ms < other_ms for ms, other_ms in zip(row.samples, other.samples))
 
 

@@ -53,13 +53,13 @@ def is_worth_waiting(
 ) -> bool:
     "Whether one looks faster than what the Learner has, so that rounds may prove it."
     own = [candidate.step_s for candidate in candidates if candidate.is_own]
-    choices = [candidate.step_s for candidate in candidates if candidate.is_choice and not candidate.is_own]
+    choices = [candidate.step_s for candidate in candidates if not candidate.is_needed]
     return bool(own and choices) and WORTH_WAITING * min(choices) < own[0]
 
 
 def split_by_time(
     candidates: list[Candidate],
-    start: TrainFormat,
+    least: list[Candidate],  # those of them that are indispensable
     seconds: float,
     device: torch.device,
 ) -> tuple[list[Candidate], list[Candidate]]:
@@ -67,7 +67,7 @@ def split_by_time(
 
     Where they do not hold even those of what is indispensable, all are left out.
     """
-    timed, least = list(candidates), indispensable(candidates, start)
+    timed = list(candidates)
     while timed and seconds < MIN_ROUNDS * round_s(timed, 1, device):
         others = [candidate for candidate in timed if candidate not in least]
         slowest = max(others, key=lambda candidate: candidate.step_s, default=None)

@@ -233,13 +233,13 @@ class Search:
         kept = max(LIMIT_SHARE * self.budget.seconds, self.limits_s(fastest(self.candidates)))
         self.before_rounds_s = self.budget.measure_spent()
         self.round_s = round_s(finalists, 1, self.device) if finalists else nan
-        is_worth_it = is_worth_waiting(finalists)
-        needed_s = MIN_ROUNDS * round_s(indispensable(finalists, self.start), 1, self.device) if is_worth_it else 0.0
+        is_worth_it, least = is_worth_waiting(finalists), indispensable(finalists, self.start)
+        needed_s = MIN_ROUNDS * round_s(least, 1, self.device) if is_worth_it else 0.0
         left = self.budget.extend_to(needed_s + kept) - kept
         if left < needed_s:
             kept = 0.0  # what limits the step is told where there is time for it
             left = self.budget.extend_to(needed_s)
-        timed, left_out = split_by_time(finalists, self.start, left, self.device)
+        timed, left_out = split_by_time(finalists, least, left, self.device)
         for candidate in left_out:
             candidate.row.note = f"{counted(len(candidate.row.samples), 'step')}, no time for rounds"
         if not timed:
