@@ -10,6 +10,9 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from channelslast.find.result import FormatTimings
+from channelslast.find.timing import FormatTiming
+from channelslast.formats import to_train_format
 from channelslast.zoo import arch_names
 
 SCRIPT = Path(__file__).parent.parent / "nbs" / "benchmarks" / "atlas.py"
@@ -69,7 +72,6 @@ def test_two_processes_begin_a_file(atlas, tmp_path, monkeypatch):
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    atlas.begin(file)
     atlas.append(file, {"model": "resnet34"})
     assert [row["model"] for row in atlas.rows_of(file)] == ["resnet18", "resnet34"]
     assert list(tmp_path.iterdir()) == [file]
@@ -99,6 +101,41 @@ def test_it_goes_on_where_it_ended(run, measured):
     assert [row["error"] for row in rows] == ["", "RuntimeError: out of memory", ""]
     rows = run("--archs", "vgg16_bn", "--retry")
     assert measured[-1] == "vgg16_bn" and len(rows) == 3
+
+
+def test_what_lacked_time_is_measured_again(run, measured, atlas, monkeypatch):
+    run("--archs", "resnet18", "resnet34", "resnet50")
+    errors = {
+        "resnet18": "fastai's own: 3 steps, no time for rounds",
+        "resnet34": "CUDA graph: not reached in 13 seconds",
+        "resnet50": "fastai's own: RuntimeError: required rank 4 tensor",
+    }
+    rows_of = atlas.rows_of
+    monkeypatch.setattr(atlas, "rows_of", lambda file: [row | {"error": errors[row["model"]]} for row in rows_of(file)])
+    run("--archs", *errors, "--retry")
+    assert measured[3:] == ["resnet18", "resnet34"]
+
+
+def test_a_retry_of_all_begins_the_file_anew(run, measured):
+    run("--archs", "vgg16_bn")
+    assert [row["model"] for row in run("--archs", "resnet18", "--retry")] == ["resnet18"]
+
+
+def test_a_row_says_why_nothing_was_replayed_or_compiled(atlas):
+    def row(fmt, error=None):
+        return FormatTiming(to_train_format(fmt), samples=[] if error else [1.0], error=error)
+
+    start = row("contiguous fp32")
+    graphs = [row("channels last fp16 graph", "no CUDA graph: it waits"), row("contiguous fp16 graph", "out of memory")]
+    compiled = [row("channels last fp16 compiled", "BackendCompilerFailed"), row("channels last fp16 compiled graph")]
+
+    def why_not(*rows):
+        return atlas.why_not(FormatTimings(rows=[start, *rows], start=start.format))
+
+    assert why_not() == [] == why_not(compiled[1])
+    assert why_not(*graphs) == ["no CUDA graph: it waits"]
+    assert why_not(*graphs[1:], compiled[0]) == ["CUDA graph: out of memory", "compiled: BackendCompilerFailed"]
+    assert why_not(*graphs, *compiled) == []
 
 
 def test_no_search_begins_after_the_budget(run, measured):

@@ -11,7 +11,8 @@ command goes on where it ended. What fails becomes a row with the reason; what e
 from a file that names what ran.
 With several GPUs, run as many processes, each on one, with `--part 1/2` and `--part 2/2`: they write to the same file.
 With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
-the speeds are the same, `search_s` is without the compiler's time then, and the row's command says so.
+`search_s` is without the compiler's time then, a search that finds it quickly also compiles the other precision, and
+the row's command says so.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from channelslast import TrainFormat
 from channelslast.cli.record import made_with
 from channelslast.devices import device_name
 from channelslast.find.errors import in_one_line
+from channelslast.find.result import FormatTimings
 from channelslast.find.run import find_format
 from channelslast.find.stages import new_stages
 from channelslast.zoo import OPTIMIZERS, arch_names, choose_amp_mode, compile_caches, fastais_own, new_learner
@@ -45,6 +48,8 @@ from channelslast.zoo.architectures import torchvision_kind
 
 # By the images in a batch of typical use
 ARCHS = {
+    8: """DynamicUnet fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large r3d_18
+        mc3_18 r2plus1d_18 s3d mvit_v2_s""",
     64: """xresnet18 xresnet34 xresnet50 xse_resnet50 resnet18 resnet34 resnet50 resnet26t resnet50d seresnet50
         resnext50_32x4d squeezenet1_1 mobilenet_v2 mobilenet_v3_large shufflenet_v2_x1_0 mnasnet1_0 googlenet
         mobilenetv3_large_100 mobilenetv4_conv_small ghostnet_100 repvgg_b0 vit_small_patch16_224
@@ -56,8 +61,6 @@ ARCHS = {
         convmixer_768_32 poolformer_s12 nf_resnet50 regnety_032 gcresnet33ts botnet26t_256 coatnet_0_rw_224
         coat_lite_mini mobilevit_s swin_tiny_patch4_window7_224 mixer_b16_224 xcit_tiny_12_p16_224
         inception_next_tiny hgnetv2_b0 rexnet_100 visformer_small pvt_v2_b1""",
-    8: """DynamicUnet fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large r3d_18
-        mc3_18 r2plus1d_18 s3d mvit_v2_s""",
 }
 SIZES = {"s3d": 224, "mvit_v2_s": 224}  # pixels of those that reject what is common for their kind
 TYPICAL_BS = {arch: bs for bs, names in ARCHS.items() for arch in names.split()}
@@ -66,9 +69,9 @@ COMPILED = """xresnet18 xresnet50 resnet18 resnet34 resnet50 mobilenetv3_large_1
     vit_small_patch16_224 efficientnet_b0 convnext_tiny vgg16_bn densenet121 regnety_032 swin_t nf_resnet50
     coatnet_0_rw_224 resnetv2_50 poolformer_s12 r3d_18"""
 
-COLUMNS = """model library task batch_size img_size pick ms iqr items_per_s peak_gb gpu_busy layout_share fastais_own_ms
-    fastais_own_iqr fastais_own_items_per_s fastais_own_peak_gb times_fastais_own contiguous_fp32_ms search_s error
-    device torch cuda cudnn fastai python date command"""
+COLUMNS = """model library task batch_size img_size pick ms iqr items_per_s peak_gb reserved_gb gpu_busy
+    layout_share fastais_own_ms fastais_own_iqr fastais_own_items_per_s fastais_own_peak_gb times_fastais_own
+    contiguous_fp32_ms search_s error device torch cuda cudnn fastai python date command"""
 
 
 def file_name(args: argparse.Namespace, device: torch.device) -> str:
@@ -98,6 +101,10 @@ def rounded(value: float | None, digits: int = 4) -> float | str:
     return "" if value is None or isnan(value) else round(value, digits)
 
 
+def in_gb(n_bytes: int | None) -> float | None:
+    return None if n_bytes is None else n_bytes / 1e9
+
+
 def layout_share(learn: Learner, device: torch.device) -> float | None:
     "The share of the GPU's busy time in layout kernels, without compilation and graphs, where it can be told."
     if device.type != "cuda":
@@ -106,6 +113,34 @@ def layout_share(learn: Learner, device: torch.device) -> float | None:
     learn.to_format(TrainFormat(fmt.channels_last, fmt.amp_mode))
     shares = learn.format_summary().gpu
     return None if shares is None else shares.layout
+
+
+def lacked_time(error: str) -> bool:
+    "Whether `error` is for want of time."
+    return bool(re.search("no time|not reached|the time was up", error))
+
+
+def why_not(timings: FormatTimings) -> list[str]:
+    "Return why no CUDA graph, or nothing compiled, could be picked: what its first candidate failed with."
+    kinds = {"CUDA graph": lambda fmt: fmt.cuda_graph, "compiled": lambda fmt: fmt.compile is not None}
+    found = []
+    for kind, is_of_kind in kinds.items():
+        errors = [row.error for row in timings if is_of_kind(row.format)]
+        if errors and all(errors):
+            found.append(f"{kind}: {errors[0]}".replace("CUDA graph: no CUDA graph:", "no CUDA graph:"))
+    return found
+
+
+def reserved_bytes(learn: Learner, device: torch.device) -> int | None:
+    "Train the few batches there are, and return the most memory that PyTorch held of the GPU, CUDA graphs and all."
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    with learn.no_logging():
+        learn.fit(1, 0)
+    return torch.cuda.max_memory_reserved(device)
 
 
 def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -118,45 +153,31 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
     seconds = time.perf_counter() - started
     best, own = timings.row(timings.best), own.row
     is_compared = bool(own.samples) and not own.error and not own.note
+    notes = [] if is_compared else [f"fastai's own: {own.error or own.note or 'not timed'}"]
+    notes += why_not(timings)
     found = {
         "img_size": timings.shapes[0][-1],
         "pick": str(timings.best),
         "ms": rounded(best.ms, 3),
         "iqr": rounded(best.iqr, 3),
         "items_per_s": rounded(best.items_per_s, 1),
-        "peak_gb": rounded(best.peak_bytes and best.peak_bytes / 1e9, 3),
+        "peak_gb": rounded(in_gb(best.peak_bytes), 3),
         "gpu_busy": rounded(timings.busy, 3),
         "fastais_own_ms": rounded(own.ms, 3),
         "fastais_own_iqr": rounded(own.iqr, 3),
         "fastais_own_items_per_s": rounded(own.items_per_s, 1),
-        "fastais_own_peak_gb": rounded(own.peak_bytes and own.peak_bytes / 1e9, 3),
+        "fastais_own_peak_gb": rounded(in_gb(own.peak_bytes), 3),
         "times_fastais_own": rounded(own.ms / best.ms, 3) if is_compared else "",
         "contiguous_fp32_ms": rounded(timings.row(timings.start).ms, 3),
         "search_s": rounded(seconds, 1),
-        "error": f"fastai's own: {own.error or own.note}" if own.error or own.note else "",
     }
     try:
         learn.to_format(timings.best)
+        found["reserved_gb"] = rounded(in_gb(reserved_bytes(learn, device)), 3)
         found["layout_share"] = rounded(layout_share(learn, device), 3)
     except Exception as error:
-        found["error"] = f"{found['error']}; no layout share: {in_one_line(error)}".removeprefix("; ")
-    return found
-
-
-def begin(file: Path) -> None:
-    "Write the header, where no process has; whole, for several begin at once."
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        new = Path(folder) / file.name
-        new.write_text(",".join(COLUMNS.split()) + "\n")
-        with suppress(FileExistsError):
-            os.link(new, file)
-
-
-def append(file: Path, row: dict[str, Any]) -> None:
-    if not file.exists():
-        begin(file)
-    with file.open("a", newline="") as stream:
-        csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
+        notes.append(f"afterwards: {in_one_line(error)}")
+    return found | {"error": "; ".join(notes)}
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -164,6 +185,41 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return []
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    "Yield a file to write before it becomes `file`, which several processes read; removed if it does not."
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        yield Path(folder) / file.name
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    "Write the header and `rows`."
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    if not file.exists():
+        with whole(file) as new, suppress(FileExistsError):  # another process begins it too
+            write(new, [])
+            os.link(new, file)
+    with file.open("a", newline="") as stream:
+        csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
+
+
+def drop_failed(file: Path) -> None:
+    "Leave out the rows of `file` that have no figures, or lacked time."
+    kept = [row for row in rows_of(file) if row["ms"] and not lacked_time(row["error"])]
+    if not kept:
+        file.unlink(missing_ok=True)
+        return
+    with whole(file) as new:
+        write(new, kept)
+        new.replace(file)
 
 
 def facts_of(arch: str, bs: int, command: str, device: torch.device) -> dict[str, Any]:
@@ -182,14 +238,6 @@ def facts_of(arch: str, bs: int, command: str, device: torch.device) -> dict[str
         "command": command,
         "error": "",
     }
-
-
-def drop_failed(file: Path) -> None:
-    "Write `file` again without the rows that have no figures."
-    kept = [row for row in rows_of(file) if row["ms"]]
-    file.unlink(missing_ok=True)
-    for row in kept:
-        append(file, row)
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -250,7 +298,7 @@ def main() -> None:
     parser.add_argument("--each", type=float, help="seconds of a search; default: that of `to_fastest`")
     parser.add_argument("--caches", type=Path, help="keep what is compiled here; default: nowhere, each compiles anew")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no search begins")
-    parser.add_argument("--retry", action="store_true", help="measure again what has failed")
+    parser.add_argument("--retry", action="store_true", help="measure again what has failed or lacked time")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "atlas", help="where the CSVs lie")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
