@@ -188,5 +188,5 @@ def test_picture_names_each_kind_of_bar_once(tmp_path):
         "2.50  to_fastest(compile=True)",
         "1  fastai's own to_channelslast()",
     ]
-    assert ax.get_legend() is None and "2.45 times" in ax.get_title()
+    assert ax.get_legend() is None and "2.4 times as fast" in ax.get_title("left")
     plt.close(figure)
