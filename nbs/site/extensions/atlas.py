@@ -56,7 +56,8 @@ class Atlas(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         found = []
-        for file in sorted((Path(self.env.srcdir) / self.arguments[0]).glob("*.csv")):
+        files = (Path(self.env.srcdir) / self.arguments[0]).glob("*.csv")
+        for file in sorted(files, key=lambda file: ("-cpu" in file.stem, file.stem)):  # GPUs first
             self.env.note_dependency(str(file))
             found.append(nodes.paragraph("", "", nodes.strong("", heading(file)), nodes.Text(f" ({file.name})")))
             found.append(nodes.raw("", table(file), format="html"))
