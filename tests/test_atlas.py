@@ -35,7 +35,7 @@ def run(atlas, tmp_path, monkeypatch):
         atlas.main()
         (file,) = tmp_path.glob("*.csv")
         assert not list(tmp_path.glob("*.running"))
-        return atlas.rows_of(file)
+        return list(atlas.rows_of(file).values())
 
     return run
 
@@ -73,7 +73,7 @@ def test_two_processes_begin_a_file(atlas, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", late)
     atlas.append(file, {"model": "resnet34"})
-    assert [row["model"] for row in atlas.rows_of(file)] == ["resnet18", "resnet34"]
+    assert [row["model"] for row in atlas.rows_of(file).values()] == ["resnet18", "resnet34"]
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -103,22 +103,32 @@ def test_it_goes_on_where_it_ended(run, measured):
     assert measured[-1] == "vgg16_bn" and len(rows) == 3
 
 
-def test_what_lacked_time_is_measured_again(run, measured, atlas, monkeypatch):
-    run("--archs", "resnet18", "resnet34", "resnet50")
-    errors = {
-        "resnet18": "fastai's own: 3 steps, no time for rounds",
-        "resnet34": "CUDA graph: not reached in 13 seconds",
-        "resnet50": "fastai's own: RuntimeError: required rank 4 tensor",
-    }
-    rows_of = atlas.rows_of
-    monkeypatch.setattr(atlas, "rows_of", lambda file: [row | {"error": errors[row["model"]]} for row in rows_of(file)])
-    run("--archs", *errors, "--retry")
-    assert measured[3:] == ["resnet18", "resnet34"]
+@pytest.mark.parametrize(
+    "changed, is_retried",
+    [
+        ({}, False),
+        ({"error": "fastai's own: RuntimeError: required rank 4 tensor"}, False),
+        ({"ms": "", "error": "out of memory"}, True),
+        ({"error": "fastai's own: 3 steps, no time for rounds"}, True),
+        ({"command": "atlas.py --each 13 --part 1/2", "pick": "channels last fp16 graph fused"}, False),
+        ({"command": "atlas.py --each 13 --part 1/2"}, True),
+    ],
+)
+def test_what_failed_or_lacked_time_is_measured_again(run, measured, atlas, tmp_path, changed, is_retried):
+    run("--archs", "resnet18")
+    (file,) = tmp_path.glob("*.csv")
+    (row,) = atlas.rows_of(file).values()
+    atlas.append(file, row | changed)
+    (row,) = run("--archs", "resnet18")
+    assert len(measured) == 1 and row["error"] == changed.get("error", "")  # the last one counts
+    (row,) = run("--archs", "resnet18", "--retry")
+    assert len(measured) == 1 + is_retried
+    assert row["error"] == "" or not is_retried
 
 
-def test_a_retry_of_all_begins_the_file_anew(run, measured):
-    run("--archs", "vgg16_bn")
-    assert [row["model"] for row in run("--archs", "resnet18", "--retry")] == ["resnet18"]
+def test_a_search_that_is_too_short_says_so(run, atlas):
+    (row,) = run("--archs", "squeezenet1_1", "--bs", "2", "--size", "32", "--each", "0.01")
+    assert atlas.lacked_time(row["error"])
 
 
 def test_a_row_says_why_nothing_was_replayed_or_compiled(atlas):
@@ -127,6 +137,8 @@ def test_a_row_says_why_nothing_was_replayed_or_compiled(atlas):
 
     start = row("contiguous fp32")
     graphs = [row("channels last fp16 graph", "no CUDA graph: it waits"), row("contiguous fp16 graph", "out of memory")]
+    slow, late = row("channels last bf16 graph"), row("contiguous bf16 graph")
+    slow.note, late.note = "4 steps: 2.0 times the fastest", "3 steps, no time for rounds"
     compiled = [row("channels last fp16 compiled", "BackendCompilerFailed"), row("channels last fp16 compiled graph")]
 
     def why_not(*rows):
@@ -135,7 +147,8 @@ def test_a_row_says_why_nothing_was_replayed_or_compiled(atlas):
     assert why_not() == [] == why_not(compiled[1])
     assert why_not(*graphs) == ["no CUDA graph: it waits"]
     assert why_not(*graphs[1:], compiled[0]) == ["CUDA graph: out of memory", "compiled: BackendCompilerFailed"]
-    assert why_not(*graphs, *compiled) == []
+    assert why_not(*graphs, *compiled) == [] == why_not(*graphs, slow)
+    assert why_not(late, *graphs) == ["CUDA graph: 3 steps, no time for rounds"]
 
 
 def test_no_search_begins_after_the_budget(run, measured):
@@ -175,17 +188,19 @@ def test_picture_names_each_kind_of_bar_once(tmp_path):
     spec = importlib.util.spec_from_file_location("atlas_picture", SCRIPT.with_name("atlas_picture.py"))
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
-    row = {"batch_size": "32", "device": "H200", "torch": "2.11.0+cu130"}
+    row = {"batch_size": "32", "device": "H200", "torch": "2.11.0+cu130", "command": "atlas.py"}
     eager = {name: row | {"times_fastais_own": times} for name, times in (("slow", "1.5"), ("quick", "4.0"))}
-    compiled = {"slow": row | {"times_fastais_own": "2.5"}}
+    eager["quick"]["command"] = "atlas.py --each 13"
+    compiled = {name: row | {"times_fastais_own": times} for name, times in (("slow", "2.5"), ("other", "3.0"))}
     figure = picture.draw(eager, compiled)
     (ax,) = figure.axes
     texts = [text.get_text() for text in ax.texts]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["quick, 32", "slow, 32"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["quick, 32", "other, 32", "slow, 32"]
     assert texts == [
-        "4.00  to_fastest()",
-        "1.50",
-        "2.50  to_fastest(compile=True)",
+        "4.00  to_fastest(), a short search",
+        "3.00  to_fastest(compile=True)",
+        "1.50  to_fastest()",
+        "2.50",
         "1  fastai's own to_channelslast()",
     ]
     assert ax.get_legend() is None and "2.4 times as fast" in ax.get_title("left")

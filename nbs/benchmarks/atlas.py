@@ -9,7 +9,8 @@ Each architecture is searched once, as a user would, with fastai's default Adam 
 fastai's own is timed in the same rounds. The file is named for the device and the setting, in `--folder`. The same
 command goes on where it ended. What fails becomes a row with the reason; what ends the process is told by the next run,
 from a file that names what ran.
-With several GPUs, run as many processes, each on one, with `--part 1/2` and `--part 2/2`: they write to the same file.
+With several GPUs, run as many processes, each with one of them in CUDA_VISIBLE_DEVICES, with `--part 1/2` and
+`--part 2/2`: they append to the same file. Of several rows of an architecture and a batch size the last one counts.
 With `--caches` a run finds what an earlier one has compiled, maybe several processes at once into another `--folder`:
 `search_s` is without the compiler's time then, a search that finds it quickly also compiles the other precision, and
 the row's command says so.
@@ -26,13 +27,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 
@@ -115,20 +116,11 @@ def layout_share(learn: Learner, device: torch.device) -> float | None:
     return None if shares is None else shares.layout
 
 
-def lacked_time(error: str) -> bool:
-    "Whether `error` is for want of time."
-    return bool(re.search("no time|not reached|the time was up", error))
+class TrainingAlone(Callback):
+    "Leave out the validation."
 
-
-def why_not(timings: FormatTimings) -> list[str]:
-    "Return why no CUDA graph, or nothing compiled, could be picked: what its first candidate failed with."
-    kinds = {"CUDA graph": lambda fmt: fmt.cuda_graph, "compiled": lambda fmt: fmt.compile is not None}
-    found = []
-    for kind, is_of_kind in kinds.items():
-        errors = [row.error for row in timings if is_of_kind(row.format)]
-        if errors and all(errors):
-            found.append(f"{kind}: {errors[0]}".replace("CUDA graph: no CUDA graph:", "no CUDA graph:"))
-    return found
+    def before_validate(self):
+        raise CancelValidException
 
 
 def reserved_bytes(learn: Learner, device: torch.device) -> int | None:
@@ -139,8 +131,24 @@ def reserved_bytes(learn: Learner, device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     with learn.no_logging():
-        learn.fit(1, 0)
+        learn.fit(1, 0, cbs=TrainingAlone())
     return torch.cuda.max_memory_reserved(device)
+
+
+def lacked_time(reason: str | None) -> bool:
+    return bool(re.search("no time|not reached|the time was up", reason or ""))
+
+
+def why_not(timings: FormatTimings) -> list[str]:
+    "Return why no CUDA graph, or nothing compiled, could be picked: what stopped its first candidate."
+    kinds = {"CUDA graph": lambda fmt: fmt.cuda_graph, "compiled": lambda fmt: fmt.compile is not None}
+    found = []
+    for kind, is_of_kind in kinds.items():
+        rows = [row for row in timings if is_of_kind(row.format)]
+        reasons = [row.error or (row.note if lacked_time(row.note) else None) for row in rows]
+        if reasons and all(reasons):
+            found.append(f"{kind}: {reasons[0]}".replace("CUDA graph: no CUDA graph:", "no CUDA graph:"))
+    return found
 
 
 def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -171,55 +179,46 @@ def measure(arch: str, bs: int, args: argparse.Namespace, device: torch.device) 
         "contiguous_fp32_ms": rounded(timings.row(timings.start).ms, 3),
         "search_s": rounded(seconds, 1),
     }
-    try:
-        learn.to_format(timings.best)
-        found["reserved_gb"] = rounded(in_gb(reserved_bytes(learn, device)), 3)
-        found["layout_share"] = rounded(layout_share(learn, device), 3)
-    except Exception as error:
-        notes.append(f"afterwards: {in_one_line(error)}")
+    learn.to_format(timings.best)
+    for name, look in {
+        "reserved_gb": lambda: in_gb(reserved_bytes(learn, device)),
+        "layout_share": lambda: layout_share(learn, device),
+    }.items():
+        try:
+            found[name] = rounded(look(), 3)
+        except Exception as error:
+            notes.append(f"{name}: {in_one_line(error)}")
     return found | {"error": "; ".join(notes)}
 
 
-def rows_of(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    "Yield a file to write before it becomes `file`, which several processes read; removed if it does not."
+def begin(file: Path) -> None:
+    "Write the header, where no process has; whole, for several begin at once."
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        yield Path(folder) / file.name
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    "Write the header and `rows`."
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        new = Path(folder) / file.name
+        new.write_text(",".join(COLUMNS.split()) + "\n")
+        with suppress(FileExistsError):
+            os.link(new, file)
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
     if not file.exists():
-        with whole(file) as new, suppress(FileExistsError):  # another process begins it too
-            write(new, [])
-            os.link(new, file)
+        begin(file)
     with file.open("a", newline="") as stream:
         csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n").writerow(row)
 
 
-def drop_failed(file: Path) -> None:
-    "Leave out the rows of `file` that have no figures, or lacked time."
-    kept = [row for row in rows_of(file) if row["ms"] and not lacked_time(row["error"])]
-    if not kept:
-        file.unlink(missing_ok=True)
-        return
-    with whole(file) as new:
-        write(new, kept)
-        new.replace(file)
+def rows_of(file: Path) -> dict[tuple[str, str], dict[str, str]]:
+    "Return the last row of each architecture and batch size."
+    if not file.exists():
+        return {}
+    with file.open(newline="") as stream:
+        return {(row["model"], row["batch_size"]): row for row in csv.DictReader(stream)}
+
+
+def has_failed(row: dict[str, str]) -> bool:
+    "Whether `row` has no figures, or its search lacked time: it says so, or was a short one without a CUDA graph."
+    is_short = "--each" in row["command"] and "graph" not in row["pick"]
+    return not row["ms"] or lacked_time(row["error"]) or is_short
 
 
 def facts_of(arch: str, bs: int, command: str, device: torch.device) -> dict[str, Any]:
@@ -252,8 +251,6 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
     "Measure what is not in the file yet, until the time is up; return the file."
     args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / file_name(args, device)
-    if args.retry:
-        drop_failed(file)
     part, n_parts = args.part
     running = file.with_suffix(f".{part}.running")
     if running.exists():
@@ -263,7 +260,8 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> Path:
     archs = list(args.archs or (COMPILED.split() if args.compile else TYPICAL_BS))
     for arch in archs[part - 1 :: n_parts]:
         bs = args.bs or TYPICAL_BS.get(arch, 32)
-        if (arch, str(bs)) in {(row["model"], row["batch_size"]) for row in rows_of(file)}:
+        known = rows_of(file).get((arch, str(bs)))
+        if known and not (args.retry and has_failed(known)):
             continue
         if time.perf_counter() - started > args.budget:
             print("The time is up: the same command goes on.")

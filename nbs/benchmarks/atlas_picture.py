@@ -13,45 +13,67 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-COLORS = {"to_fastest()": "#2b8a57", "to_fastest(compile=True)": "#1f5fa8"}
+COLORS = {
+    "to_fastest()": "#2b8a57",
+    "to_fastest(), a short search": "#a5cfb8",
+    "to_fastest(compile=True)": "#1f5fa8",
+}
+Rows = dict[str, dict[str, str]]  # the columns of a row, by its architecture
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # words, over the line too
 
 
-def read(file: Path | None) -> dict[str, dict[str, str]]:
-    "Return the rows that have a gain, by architecture."
+def read(file: Path | None) -> Rows:
+    "Return the rows that have a gain, by architecture; the last one of each."
     if file is None:
         return {}
     with file.open(newline="") as stream:
-        return {row["model"]: row for row in csv.DictReader(stream) if row["times_fastais_own"]}
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    return {arch: row for arch, row in rows.items() if row["times_fastais_own"]}
 
 
-def draw(eager: dict[str, dict[str, str]], compiled: dict[str, dict[str, str]]) -> Figure:
+def times_of(row: dict[str, str]) -> float:
+    return float(row["times_fastais_own"])
+
+
+def bars_of(arch: str, eager: Rows, compiled: Rows) -> list[tuple[float, str]]:
+    "Return the length of each bar, and what it shows."
+    whole, short, both = COLORS
+    bars = []
+    if arch in eager:
+        bars.append((times_of(eager[arch]), short if "--each" in eager[arch]["command"] else whole))
+    if arch in compiled:
+        bars.append((times_of(compiled[arch]), both))
+    return bars
+
+
+def draw(eager: Rows, compiled: Rows) -> Figure:
     "Draw a bar or two for each architecture, the largest gain first, beside a line for fastai's own."
-    gains = {arch: float(row["times_fastais_own"]) for arch, row in eager.items()}
-    names = sorted(gains, key=gains.get, reverse=True)
+    rows = compiled | eager
+    names = sorted(rows, key=lambda arch: times_of(rows[arch]), reverse=True)
     fig, ax = plt.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
-    unnamed = dict(COLORS)
+    unnamed = set(COLORS)
     for y, arch in enumerate(names):
-        times = [gains[arch], *[float(row["times_fastais_own"]) for row in [compiled.get(arch)] if row]]
-        height = 0.84 / len(times)
-        for place, (value, (label, color)) in enumerate(zip(times, COLORS.items())):
+        bars = bars_of(arch, eager, compiled)
+        height = 0.84 / len(bars)
+        for place, (value, label) in enumerate(bars):
             at = y - 0.42 + (place + 0.5) * height
-            ax.barh(at, value, height, color=color)
-            words = f"{value:.2f}  {label}" if unnamed.pop(label, None) else f"{value:.2f}"
+            ax.barh(at, value, height, color=COLORS[label])
+            words = f"{value:.2f}  {label}" if label in unnamed else f"{value:.2f}"
+            unnamed.discard(label)
             ax.text(value + 0.03, at, words, va="center", fontsize=7, bbox=PLAIN)
     ax.axvline(1, color="black", linewidth=1)
     ax.text(1.03, -0.8, "1  fastai's own to_channelslast()", va="center", fontsize=8)
-    ax.set_yticks(range(len(names)), [f"{arch}, {eager[arch]['batch_size']}" for arch in names], fontsize=8)
+    ax.set_yticks(range(len(names)), [f"{arch}, {rows[arch]['batch_size']}" for arch in names], fontsize=8)
     ax.set_ylim(len(names) - 0.4, -1.3)
     ax.margins(x=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel("times as fast as fastai's own")
-    first = eager[names[0]]
-    mean = statistics.geometric_mean(gains.values())
+    first = rows[names[0]]
+    mean = statistics.geometric_mean(map(times_of, eager.values()))
     version = first["torch"].partition("+")[0]
     ax.set_title(
         f"Training steps, {first['device']}, PyTorch {version}: {mean:.1f} times as fast without compiling\n"
-        f"(geometric mean of {len(names)} architectures; beside each name the images in a batch)",
+        f"(geometric mean of {len(eager)} architectures; beside each name the images in a batch)",
         loc="left",
         fontsize=11,
     )

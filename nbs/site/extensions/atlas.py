@@ -19,7 +19,7 @@ COLUMNS = {
     "iqr": "IQR",
     "items_per_s": "items/s",
     "fastais_own_ms": "fastai's own ms",
-    "fastais_own_iqr": "IQR",
+    "fastais_own_iqr": "fastai's own IQR",
     "search_s": "search s",
     "peak_gb": "peak GB",
     "reserved_gb": "held GB",
@@ -30,9 +30,9 @@ COLUMNS = {
 
 
 def table(file: Path) -> str:
-    "Return the rows of a CSV as a table of HTML, under what they have in common; columns without a value are left out."
+    "Return a CSV as a table of HTML: the last row of each architecture, without columns that have no value."
     with file.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+        rows = list({row["model"]: row for row in csv.DictReader(stream)}.values())
     columns = {name: title for name, title in COLUMNS.items() if any(row[name] for row in rows)}
     head = "".join(f"<th>{escape(title)}</th>" for title in columns.values())
     body = "".join("<tr>" + "".join(f"<td>{escape(row[name])}</td>" for name in columns) + "</tr>" for row in rows)
