@@ -140,8 +140,12 @@ def lacked_time(reason: str | None) -> bool:
 
 
 def why_not(timings: FormatTimings) -> list[str]:
-    "Return why no CUDA graph, or nothing compiled, could be picked: what stopped its first candidate."
-    kinds = {"CUDA graph": lambda fmt: fmt.cuda_graph, "compiled": lambda fmt: fmt.compile is not None}
+    "Return why no format of a kind could be picked: what stopped the first one."
+    kinds = {
+        "half precision": lambda fmt: fmt.amp_mode is not None,
+        "CUDA graph": lambda fmt: fmt.cuda_graph,
+        "compiled": lambda fmt: fmt.compile is not None,
+    }
     found = []
     for kind, is_of_kind in kinds.items():
         rows = [row for row in timings if is_of_kind(row.format)]
