@@ -148,6 +148,7 @@ def test_a_row_says_why_nothing_was_replayed_or_compiled(atlas):
     assert why_not(*graphs) == ["no CUDA graph: it waits"]
     assert why_not(*graphs[1:], compiled[0]) == ["CUDA graph: out of memory", "compiled: BackendCompilerFailed"]
     assert why_not(*graphs, *compiled) == [] == why_not(*graphs, slow)
+    assert why_not(row("channels last bf16", "the loss is nan"), slow) == ["half precision: the loss is nan"]
     assert why_not(late, *graphs) == ["CUDA graph: 3 steps, no time for rounds"]
 
 

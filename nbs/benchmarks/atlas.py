@@ -142,7 +142,7 @@ def lacked_time(reason: str | None) -> bool:
 def why_not(timings: FormatTimings) -> list[str]:
     "Return why no format of a kind could be picked: what stopped the first one."
     kinds = {
-        "half precision": lambda fmt: fmt.amp_mode is not None,
+        "half precision": lambda fmt: fmt.amp_mode and not fmt.cuda_graph and not fmt.compile,
         "CUDA graph": lambda fmt: fmt.cuda_graph,
         "compiled": lambda fmt: fmt.compile is not None,
     }
