@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,10 +59,7 @@ class TrainFormat:
     @property
     def code(self) -> str:
         "The line of Python that puts a Learner called `learn` in this format."
-        options = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
-        defaults = [f"{field.name}={field.default!r}" for field in fields(self)]
-        changed = [option for option in options if option not in defaults]
-        return f"learn.to_format(TrainFormat({', '.join(changed)}))"
+        return f'learn.to_format("{self}")'
 
 
 def to_train_format(
@@ -74,7 +71,7 @@ def to_train_format(
     if not isinstance(fmt, str):
         raise TypeError(f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(True, 'fp16'), or what it prints")
     legal = {str(each): each for each in _every_format()}
-    words = " ".join(fmt.split())
+    words = " ".join(fmt.lower().split())
     if words not in legal:
         close = difflib.get_close_matches(words, legal, n=3) or list(legal)[:3]
         raise ValueError(f"fmt={fmt!r} is no format: did you mean {' or '.join(map(repr, close))}?")

@@ -86,8 +86,8 @@ class InputFormats(Callback):
 )
 def test_train_format_reads_well_and_gives_its_code(fmt, text, learn):
     assert str(fmt) == text
-    assert eval(fmt.code.removeprefix("learn.to_format(").removesuffix(")")) == fmt
-    assert fmt.code.startswith("learn.to_format(TrainFormat(")
+    assert fmt.code == f'learn.to_format("{text}")'
+    assert formats.to_train_format(text.upper()) == fmt
 
 
 def test_train_format_is_a_value():
@@ -1035,4 +1035,4 @@ def test_format_by_its_words(learn, bf16_cpu):
 @pytest.mark.parametrize("fmt", [TrainFormat(), TrainFormat(True, "fp16", "default", True, True)], ids=str)
 def test_words_and_code_of_a_format_lead_back_to_it(fmt):
     assert formats.to_train_format(str(fmt)) == fmt
-    assert eval(fmt.code.removeprefix("learn.to_format")) == fmt
+    assert formats.to_train_format(eval(fmt.code.removeprefix("learn.to_format"))) == fmt

@@ -1,6 +1,7 @@
 "The command `channelslast`: architectures of three libraries, its record, and what bad input gets."
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import weakref
 import pytest
 import torch
 
-from channelslast import __version__
+from channelslast import TrainFormat, __version__
 from channelslast.cli import find as find_command
 from channelslast.cli import main
+from channelslast.find.result import FormatTimings
+from channelslast.find.timing import FormatTiming
 
 
 @pytest.fixture
@@ -65,6 +68,16 @@ ARCHITECTURES = {
     "inception_v3": 96,
     "quantized_resnet18": 64,
 }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("before_rounds_s, said", [(30.0, "`--budget 37` may do"), (math.nan, "a larger `--budget`")])
+def test_what_more_time_would_do_is_told_as_an_option(run, monkeypatch, before_rounds_s, said):
+    rows = [FormatTiming(TrainFormat(), [40.0], note="1 step, the time was up")]
+    found = FormatTimings(rows, TrainFormat(), before_rounds_s=before_rounds_s)
+    monkeypatch.setattr("channelslast.cli.find.find_format", lambda *args: found)
+    printed = run("find", "squeezenet1_1", "--bs", "2", "--size", "32")
+    assert said in " ".join(printed.split()) and "`budget" not in printed
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -30,7 +30,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from matplotlib import pyplot as plt
 from torch import nn
 
-from channelslast.find.batches import N_BATCHES, load_batches, n_items_in
+from channelslast.find.batches import N_BATCHES, load_batches, more_workers, n_items_in
 from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, why_not
 from channelslast.find.distributed import Processes
@@ -131,7 +131,7 @@ def test_times_both_formats_in_every_precision_that_the_device_accelerates_and_f
 def test_what_is_hopeless_is_not_timed_in_the_rounds(timed):
     timings = timed.format_find(show_plot=False)
     for fmt in (CONTIGUOUS_BF16, LAST):
-        assert "times the fastest" in timings.row(fmt).note and len(timings.row(fmt).samples) == 4
+        assert "times as long as the fastest" in timings.row(fmt).note and len(timings.row(fmt).samples) == 4
     for fmt in (LAST_BF16, CONTIGUOUS, LAST_BF16_FUSED):  # among them what the Learner has, however slow
         assert timings.row(fmt).note is None and len(timings.row(fmt).samples) == 3
 
@@ -215,7 +215,9 @@ def test_fused_steps_that_pay_are_found(timed, clock):
 def test_to_fastest_searches_shows_and_sets(timed, capsys):
     plt.close("all")
     assert timed.to_fastest(show_plot=False) is timed and timed.train_format == LAST_BF16
-    assert "Best: `learn.to_format(TrainFormat(" in capsys.readouterr().out and plt.get_fignums() == []
+    shown = capsys.readouterr().out
+    assert 'Best: `learn.to_format("channels last bf16")`' in shown and plt.get_fignums() == []
+    assert shown.endswith("The Learner trains in channels last bf16 from now on.\n")
     with pytest.raises(TypeError, match="no_such"):
         timed.to_fastest(no_such=1)
     assert "budget" in signature(Learner.to_fastest).parameters
@@ -1337,6 +1339,25 @@ def test_bad_input_names_the_argument_and_what_is_legal(learn, assert_unchanged,
     with pytest.raises(error, match=said):
         learn.format_find(**kwargs)
     check()
+
+
+@pytest.mark.parametrize("has", [0, 2, 16])
+def test_more_workers_are_advised_where_fastai_would_have_more(learn, monkeypatch, has):
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    items = [(torch.randn(3, 8, 8), torch.tensor(0))] * 16
+    learn.dls = DataLoaders.from_dsets(items, items, bs=8, num_workers=has)
+    assert more_workers(learn) == (16 if has < 16 else None)
+    learn.dls = DataLoaders(torch.utils.data.DataLoader(items), [])
+    assert more_workers(learn) is None, "PyTorch's loader has no `new`"
+
+
+def test_a_view_that_keeps_the_model_from_channels_last_is_told(new_learner):
+    timings = new_learner(Views).format_find(budget=2, show_plot=False)
+    last = [row for row in timings if row.format.channels_last and row.is_tried]
+    assert last and all("calls `.view`, write `.reshape` there" in row.error for row in last)
+    assert timings.verdict.endswith(
+        "No channels last format can train: the model calls `.view`, write `.reshape` there."
+    )
 
 
 def test_budget_that_ends_with_the_first_step(timed, clock, assert_unchanged):

@@ -1,5 +1,6 @@
 "The few batches that a search trains on, over and over."
 
+import os
 import time
 from collections.abc import Iterator
 from itertools import cycle
@@ -63,6 +64,15 @@ def load_batches(
     n_items, since = (later, first) if later else (n_items, started)
     items_per_s = n_items / max(1e-9, time.perf_counter() - since)  # some clocks are coarse
     return [to_device(batch, device) for batch in batches], items_per_s
+
+
+def more_workers(
+    learn: Learner,
+) -> int | None:
+    "Return how many workers fastai would give the training DataLoader, None where it has as many, or is not fastai's."
+    loader = getattr(learn.dls.train, "fake_l", None)  # its own `num_workers` counts only while it is iterated
+    most = min(16, os.cpu_count() or 1)
+    return most if loader is not None and loader.num_workers < most else None
 
 
 def n_items_in(

@@ -1,5 +1,6 @@
 "What a Learner raises while it is timed: in one line, and without the tensors in its traceback."
 
+import re
 import textwrap
 import traceback
 
@@ -15,7 +16,17 @@ def shorten(
 def in_one_line(
     error: BaseException,
 ) -> str:
-    return shorten(f"{type(error).__name__}: {error}", 300)
+    text = f"{type(error).__name__}: {error}"
+    hints = [hint for note in getattr(error, "__notes__", ()) if (hint := view_hint(note))]
+    return shorten(text, 300) if not hints else f"{shorten(text, 200)} channelslast: {hints[0]}"
+
+
+def view_hint(
+    text: str | None,  # an error or its note
+) -> str | None:
+    "Return what the callback has noted of a `.view` in the model, in short; None where it has not."
+    found = re.search(r"channelslast: (.* calls `\.view`)", text or "")
+    return f"{found[1]}, write `.reshape` there" if found else None
 
 
 def drop_tensors(

@@ -55,10 +55,10 @@ def is_far_faster(
 ) -> bool:
     """Whether a format is more than `times` as fast as another, by a one-sided t-test of Welch on single steps.
 
-    The test sees the noise within the fits, `times` leaves room for what differs between them. Without three steps of
+    The test sees the noise within the fits, `times` leaves room for what differs between them. Without two steps of
     each nothing is proved.
     """
-    if min(len(samples), len(others)) < 3:
+    if min(len(samples), len(others)) < 2:
         return False
     gains = np.log(others) - np.log(times)
     if max(np.ptp(gains), np.ptp(np.log(samples))) < 1e-9:

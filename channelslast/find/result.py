@@ -1,6 +1,5 @@
 "What `format_find` measured: a table, a picture, and the format to train in."
 
-import os
 import re
 import textwrap
 from collections import Counter
@@ -10,11 +9,12 @@ from functools import cached_property
 from html import escape
 from math import inf, isnan, nan
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from channelslast.find.choice import AMONG_FASTER, changes, choose_row, is_comparable, level_of
-from channelslast.find.errors import shorten
+from channelslast.find.choice import changes, choose_row, is_comparable, level_of
+from channelslast.find.errors import shorten, view_hint
 from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.picture import picture_size, plot_bars
 from channelslast.find.timing import FormatTiming, counted
@@ -46,6 +46,7 @@ class FormatTimings(Sequence):
     rows: list[FormatTiming]
     start: TrainFormat  # the format that the Learner had
     data_items_per_s: float = inf  # what the training DataLoader yields, without training
+    more_workers: int | None = None  # that this DataLoader could have; None where it has as many, or that is not known
     busy: float | None = None  # share of the best step in which the GPU ran any kernel; None where that is not known
     optimizer_share: float | None = None  # of the best step, that the optimizer takes; None where that is not known
     has_fused_form: bool | None = False  # the optimizer can make fused steps; None: it makes them already
@@ -136,8 +137,8 @@ class FormatTimings(Sequence):
     @property
     def advice(self) -> str | None:
         "A line of Python that may help against what limits the best step; None where none is known."
-        if self.limit == "data":
-            return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={os.cpu_count()})"
+        if self.limit == "data" and self.more_workers:
+            return f"learn.dls.loaders[0] = learn.dls.train.new(num_workers={self.more_workers})"
         is_plain = self.has_fused_form is not None and not any(row.format.fused_optimizer for row in self.rows)
         if self.limit == "optimizer" and is_plain:
             if self.has_fused_form:
@@ -150,12 +151,14 @@ class FormatTimings(Sequence):
     @property
     def verdict(self) -> str:
         "One line: what to do, what limits the step, and what the format alone gave."
-        return " ".join(filter(None, (self._choice(), self._rival(), self._limit_words(), self._gain_words())))
+        parts = self._choice(), self._rival(), self._limit_words(), self._gain_words(), self._view_words()
+        return " ".join(filter(None, parts))
 
     def _choice(self) -> str:
         best, start = self.best_row, self.row(self.start)
         if best is start and (not start.is_tried or start.note):
-            return f"Stay in {self.start}: there was no time to compare it with others{self._more_time(None)}."
+            words = f"there was no time to compare it with others{self._more_time(None)}.{self._seen()}"
+            return f"Stay in {self.start}: {words}"
         if start.error and best is not start:
             return f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
         if best is not start:
@@ -168,6 +171,14 @@ class FormatTimings(Sequence):
         if start.error:
             return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
         return f"Stay in {best.format}, nothing is proved to be faster: `{best.format.code}`."
+
+    def _seen(self) -> str:
+        "What looks fastest by the few steps that there were, where nothing is decided."
+        rows = [row for row in self.rows if row.samples and not row.error]
+        seen = min(rows, key=lambda row: row.ms, default=None)
+        if seen is None or seen.format == self.start or isnan(seen.speedup):
+            return ""
+        return f" {seen.format} looks {seen.speedup:.2f} times as fast, in {counted(len(seen.samples), 'step')}."
 
     def _rival(self) -> str:
         "Why the fastest row is not the best, where it is not."
@@ -193,16 +204,21 @@ class FormatTimings(Sequence):
         n_rounds: int | None,  # that would tell; None: as many as a search makes
     ) -> str:
         "What more time would do, where that is known."
-        round_s = self.round_s
+        round_s, before_s = self.round_s, self.before_rounds_s
         if n_rounds is None:  # there was none
             n_rounds = N_ROUNDS
-            if isnan(self.before_rounds_s):
+            seen = [row for row in self.rows if row.samples and not row.error]
+            missed = sum(not row.is_tried for row in self.rows)
+            warmup_s = [row.warmup_s for row in seen if not isnan(row.warmup_s)]
+            if missed and warmup_s:  # they take about as long as the others
+                before_s += missed * np.mean(warmup_s)
+            if isnan(round_s) and seen:  # about a step of each, after one that is not timed
+                round_s = 2 * (len(seen) + missed) * np.mean([row.ms for row in seen]) / 1000
+            if isnan(round_s) or isnan(before_s):
                 return ", pass a larger `budget`"
-            if isnan(round_s):  # about a step of each, after one that is not timed
-                round_s = 2 * sum(row.ms for row in self.rows if row.samples and not row.error) / 1000
-        if isnan(round_s) or isnan(self.before_rounds_s):
+        if isnan(round_s) or isnan(before_s):
             return f", {n_rounds} would do"
-        seconds = 1.2 * (self.before_rounds_s + n_rounds * round_s)
+        seconds = 1.2 * (before_s + n_rounds * round_s)
         return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
     def _limit_words(self) -> str:
@@ -231,9 +247,15 @@ class FormatTimings(Sequence):
         pairs = (first.samples, last.samples), (last.samples, first.samples)
         if first.note or last.note:
             words += ", in a few steps"
-        elif not any(is_proved_faster(*pair, AMONG_FASTER) for pair in pairs):
+        elif not any(is_proved_faster(*pair, level_of(self.rows)) for pair in pairs):
             words += ", within the noise"
         return f"The format alone gives {self.format_gain:.2f} times ({words})."
+
+    def _view_words(self) -> str:
+        "Which module keeps the model from channels last, and how to mend it, where that is known."
+        last = [row for row in self.rows if row.format.channels_last and row.is_tried]
+        hints = [hint for row in last if (hint := view_hint(row.error))]
+        return f"No channels last format can train: {hints[0]}." if len(hints) == len(last) > 0 else ""
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."

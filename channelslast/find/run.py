@@ -74,7 +74,12 @@ def to_fastest(self: Learner, **kwargs) -> Learner:
     `format_find`, and raises what it does; nothing has changed then.
     """
     best = self.format_find(**kwargs).best
-    return self if best == self.train_format else self.to_format(best)
+    if best == self.train_format:
+        return self
+    self.to_format(best)
+    if not rank_distrib():
+        print(f"The Learner trains in {best} from now on.")
+    return self
 
 
 def find_format(

@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 
 from channelslast.devices import device_name, training_device
-from channelslast.find.batches import load_batches, n_items_in
+from channelslast.find.batches import load_batches, more_workers, n_items_in
 from channelslast.find.budget import Budget
 from channelslast.find.candidates import Candidate, new_candidate
 from channelslast.find.choice import is_clear
@@ -225,7 +225,8 @@ class Search:
             if candidate.is_needed or candidate.step_s <= (NEAR if candidate.has_graphs else HOPELESS) * best_s:
                 finalists.append(candidate)
             else:
-                row.note = f"{counted(len(row.samples), 'step')}: {candidate.step_s / best_s:.1f} times the fastest"
+                longer = candidate.step_s / best_s
+                row.note = f"{counted(len(row.samples), 'step')}: {longer:.1f} times as long as the fastest"
         return finalists
 
     def time_rounds(self, finalists: list[Candidate]) -> None:
@@ -306,6 +307,7 @@ class Search:
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
             start=self.start,
             data_items_per_s=self.data_items_per_s,
+            more_workers=more_workers(self.learn),
             model=type(uncompiled(get_model(self.learn.model))).__name__,
             device=device_name(self.device),
             shapes=self.shapes,
