@@ -349,6 +349,7 @@ def test_table_has_a_line_for_each_candidate_in_columns():
 
 
 def test_in_a_notebook_it_is_a_table_of_html():
+    plt.close("all")
     timings = new_timings({CONTIGUOUS: around(1234.5), LAST: "ValueError: <no>", LAST_BF16: around(40)})
     html = timings._repr_html_()
     assert html.count("<tr") == 4 and "ValueError: &lt;no&gt;" in html and "<td>1234.50</td>" in html
@@ -387,7 +388,7 @@ def test_start_has_to_be_a_row():
 def test_fused_steps_are_advised_where_the_optimizer_has_them():
     facts = {"optimizer_share": 0.4, "has_fused_form": True}
     timings = new_timings({CONTIGUOUS: around(100), LAST_BF16: around(40)}, **facts)
-    assert timings.advice == "learn.to_format('channels last bf16 fused')"
+    assert timings.advice == 'learn.to_format("channels last bf16 fused")'
     timings.has_fused_form = None
     assert timings.limit == "optimizer" and timings.advice is None, "its steps are fused already"
 

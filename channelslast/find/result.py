@@ -142,7 +142,7 @@ class FormatTimings(Sequence):
         is_plain = self.has_fused_form is not None and not any(row.format.fused_optimizer for row in self.rows)
         if self.limit == "optimizer" and is_plain:
             if self.has_fused_form:
-                return f"learn.to_format({str(replace(self.best, fused_optimizer=True))!r})"
+                return replace(self.best, fused_optimizer=True).code
             return "learn.opt_func, learn.opt = partial(OptimWrapper, opt=torch.optim.AdamW), None"
         if self.limit == "python" and not any(row.format.compile for row in self.rows):
             return "learn.to_fastest(compile=True)"
