@@ -1,6 +1,5 @@
 "`channelslast find`."
 
-import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -43,7 +42,7 @@ def run(
         started = time.perf_counter()
         found[arch] = timings = find_format(learn, stages, [built_in] if options.built_in else [], options.budget)
         seconds = round(time.perf_counter() - started, 1)
-        print(re.sub(r"`budget=?(\S*?)`", r"`--budget \1`", str(timings)).replace("`--budget `", "`--budget`"))
+        print(str(timings).replace("`budget`", "`--budget`").replace("`budget=", "`--budget "))
         record = {"bs": options.bs, "opt": options.opt, "seconds": seconds, **timings_record(timings)}
         if options.built_in:
             row = built_in.row

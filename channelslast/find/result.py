@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
-from math import inf, isnan, nan
+from math import inf, nan
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from channelslast.find.choice import changes, choose_row, is_comparable, level_of
-from channelslast.find.errors import shorten, view_hint
-from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
+from channelslast.find.choice import choose_row, is_comparable
+from channelslast.find.errors import shorten
 from channelslast.find.picture import picture_size, plot_bars
 from channelslast.find.timing import FormatTiming, counted
+from channelslast.find.verdict import verdict_of
 from channelslast.formats import TrainFormat
 from channelslast.notebook import cell, image_html, show
 
@@ -104,11 +103,11 @@ class FormatTimings(Sequence):
 
         None where one of both was not timed, or in fewer than three steps outside of the rounds.
         """
-        twins = self._twins()
+        twins = self.twins()
         return None if twins is None else twins[0].ms / twins[1].ms
 
-    def _twins(self) -> tuple[FormatTiming, FormatTiming] | None:
-        "Contiguous and channels last, all else as in `best`, or else both eager; None where neither pair was timed."
+    def twins(self) -> tuple[FormatTiming, FormatTiming] | None:
+        "Return contiguous and channels last, all else as in `best`, or else both eager; None where neither was timed."
         eager = replace(self.best, compile=None, cuda_graph=False)
         for fmt in (self.best, eager, replace(eager, fused_optimizer=self.start.fused_optimizer)):
             first, last = (self.row(replace(fmt, channels_last=channels_last)) for channels_last in (False, True))
@@ -151,111 +150,7 @@ class FormatTimings(Sequence):
     @property
     def verdict(self) -> str:
         "One line: what to do, what limits the step, and what the format alone gave."
-        parts = self._choice(), self._rival(), self._limit_words(), self._gain_words(), self._view_words()
-        return " ".join(filter(None, parts))
-
-    def _choice(self) -> str:
-        best, start = self.best_row, self.row(self.start)
-        if best is start and (not start.is_tried or start.note):
-            words = f"there was no time to compare it with others{self._more_time(None)}.{self._seen()}"
-            return f"Stay in {self.start}: {words}"
-        if start.error and best is not start:
-            return f"Best: `{best.format.code}`; {self.start}, which the Learner had, could not train."
-        if best is not start:
-            words = f"Best: `{best.format.code}`, {best.speedup:.2f} times as fast as {self.start}"
-            if start.note:
-                words += f" in a few steps; there was no time for rounds{self._more_time(None)}"
-            elif not is_proved_faster(best.samples, start.samples, level_of(self.rows)):
-                words += f" in {counted(len(best.samples), 'round')}, and in its first steps"
-            return f"{words}."
-        if start.error:
-            return f"No other format can be chosen; {self.start}, which the Learner has, could not train."
-        return f"Stay in {best.format}, nothing is proved to be faster: `{best.format.code}`."
-
-    def _seen(self) -> str:
-        "What looks fastest by the few steps that there were, where nothing is decided."
-        rows = [row for row in self.rows if row.samples and not row.error]
-        seen = min(rows, key=lambda row: row.ms, default=None)
-        if seen is None or seen.format == self.start or isnan(seen.speedup):
-            return ""
-        return f" {seen.format} looks {seen.speedup:.2f} times as fast, in {counted(len(seen.samples), 'step')}."
-
-    def _rival(self) -> str:
-        "Why the fastest row is not the best, where it is not."
-        best = self.best_row
-        rows = [row for row in self.rows if is_comparable(row) and row.ms < best.ms]
-        if not is_comparable(best) or not rows:
-            return ""
-        rival = min(rows, key=lambda row: row.ms)
-        gain = best.ms / rival.ms
-        reasons = ["within the noise"] if gain > FLOOR else ["which is too little to tell"]
-        more = set(changes(self.start, rival.format)) - set(changes(self.start, best.format))
-        if more and best.format != self.start:
-            reasons.append(f"and it changes more ({', '.join(sorted(more))})")
-        words = f"{rival.format} looks {gain:.2f} times as fast as that, {' '.join(reasons)}"
-        needed = n_rounds_to_prove(rival.samples, best.samples, level_of(self.rows))
-        if gain > FLOOR and best.format == self.start and needed is not None:
-            n = len(rival.samples)
-            words += f"; {counted(n, 'round')} {'is' if n == 1 else 'are'} too few to tell{self._more_time(needed)}"
-        return f"{words}."
-
-    def _more_time(
-        self,
-        n_rounds: int | None,  # that would tell; None: as many as a search makes
-    ) -> str:
-        "What more time would do, where that is known."
-        round_s, before_s = self.round_s, self.before_rounds_s
-        if n_rounds is None:  # there was none
-            n_rounds = N_ROUNDS
-            seen = [row for row in self.rows if row.samples and not row.error]
-            missed = sum(not row.is_tried for row in self.rows)
-            warmup_s = [row.warmup_s for row in seen if not isnan(row.warmup_s)]
-            if missed and warmup_s:  # they take about as long as the others
-                before_s += missed * np.mean(warmup_s)
-            if isnan(round_s) and seen:  # about a step of each, after one that is not timed
-                round_s = 2 * (len(seen) + missed) * np.mean([row.ms for row in seen]) / 1000
-            if isnan(round_s) or isnan(before_s):
-                return ", pass a larger `budget`"
-        if isnan(round_s) or isnan(before_s):
-            return f", {n_rounds} would do"
-        seconds = 1.2 * (before_s + n_rounds * round_s)
-        return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
-
-    def _limit_words(self) -> str:
-        if not self.best_row.samples or self.best_row.error:
-            return ""
-        busy = "" if self.busy is None else f"busy {self.busy:.0%} of the step"
-        share = "" if self.optimizer_share is None else f"the optimizer takes {self.optimizer_share:.0%} of it"
-        facts = ", ".join(filter(None, (busy, share)))
-        facts = f" ({facts})" if facts else ""
-        words = {
-            "data": "Data loading limits it",
-            "optimizer": f"The optimizer takes {self.optimizer_share or 0:.0%} of the step",
-            "python": f"Python and launches limit it, the GPU waits{facts}",
-            "gpu": f"The GPU limits it{facts}",
-            "device": f"The computation limits it ({self.device}{', ' if share else ''}{share})",
-        }[self.limit]
-        return f"{words}; this may help: `{self.advice}`." if self.advice else f"{words}."
-
-    def _gain_words(self) -> str:
-        twins = self._twins()
-        if twins is None:
-            return ""
-        first, last = twins
-        rest = str(first.format).removeprefix("contiguous ")
-        words = f"channels last against contiguous, {rest}"
-        pairs = (first.samples, last.samples), (last.samples, first.samples)
-        if first.note or last.note:
-            words += ", in a few steps"
-        elif not any(is_proved_faster(*pair, level_of(self.rows)) for pair in pairs):
-            words += ", within the noise"
-        return f"The format alone gives {self.format_gain:.2f} times ({words})."
-
-    def _view_words(self) -> str:
-        "Which module keeps the model from channels last, and how to mend it, where that is known."
-        last = [row for row in self.rows if row.format.channels_last and row.is_tried]
-        hints = [hint for row in last if (hint := view_hint(row.error))]
-        return f"No channels last format can train: {hints[0]}." if len(hints) == len(last) > 0 else ""
+        return verdict_of(self)
 
     def to_frame(self) -> pd.DataFrame:
         "The rows as a pandas DataFrame."
