@@ -27,6 +27,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastcore.basics import defaults
 from matplotlib import pyplot as plt
 from torch import nn
 
@@ -1343,7 +1344,7 @@ def test_bad_input_names_the_argument_and_what_is_legal(learn, assert_unchanged,
 
 @pytest.mark.parametrize("has", [0, 2, 16])
 def test_more_workers_are_advised_where_fastai_would_have_more(learn, monkeypatch, has):
-    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr(defaults, "cpus", 128)
     items = [(torch.randn(3, 8, 8), torch.tensor(0))] * 16
     learn.dls = DataLoaders.from_dsets(items, items, bs=8, num_workers=has)
     assert more_workers(learn) == (16 if has < 16 else None)

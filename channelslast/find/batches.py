@@ -1,6 +1,5 @@
 "The few batches that a search trains on, over and over."
 
-import os
 import time
 from collections.abc import Iterator
 from itertools import cycle
@@ -8,6 +7,7 @@ from typing import Any
 
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, to_device
+from fastcore.basics import defaults
 from torch import Tensor
 
 from channelslast.devices import training_device
@@ -71,7 +71,7 @@ def more_workers(
 ) -> int | None:
     "Return how many workers fastai would give the training DataLoader, None where it has as many, or is not fastai's."
     loader = getattr(learn.dls.train, "fake_l", None)  # its own `num_workers` counts only while it is iterated
-    most = min(16, os.cpu_count() or 1)
+    most = min(16, defaults.cpus)  # as fastai's `TfmdDL`
     return most if loader is not None and loader.num_workers < most else None
 
 

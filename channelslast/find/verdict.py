@@ -8,7 +8,7 @@ import numpy as np
 from channelslast.find.choice import changes, is_comparable, level_of
 from channelslast.find.errors import view_hint
 from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
-from channelslast.find.timing import counted
+from channelslast.find.timing import FormatTiming, counted
 
 if TYPE_CHECKING:
     from channelslast.find.result import FormatTimings
@@ -43,10 +43,13 @@ def _choice(timings: "FormatTimings") -> str:
     return f"Stay in {best.format}, nothing is proved to be faster: `{best.format.code}`."
 
 
+def _timed(timings: "FormatTimings") -> list[FormatTiming]:
+    return [row for row in timings.rows if row.samples and not row.error]
+
+
 def _seen(timings: "FormatTimings") -> str:
     "What looks fastest by the few steps that there were, where nothing is decided."
-    rows = [row for row in timings.rows if row.samples and not row.error]
-    seen = min(rows, key=lambda row: row.ms, default=None)
+    seen = min(_timed(timings), key=lambda row: row.ms, default=None)
     if seen is None or seen.format == timings.start or isnan(seen.speedup):
         return ""
     return f" {seen.format} looks {seen.speedup:.2f} times as fast, in {counted(len(seen.samples), 'step')}."
@@ -79,19 +82,16 @@ def _more_time(
     "What more time would do, where that is known."
     round_s, before_s = timings.round_s, timings.before_rounds_s
     if n_rounds is None:  # there was none
-        n_rounds = N_ROUNDS
-        seen = [row for row in timings.rows if row.samples and not row.error]
+        seen = _timed(timings)
         missed = sum(not row.is_tried for row in timings.rows)
         warmup_s = [row.warmup_s for row in seen if not isnan(row.warmup_s)]
         if missed and warmup_s:  # they take about as long as the others
             before_s += missed * np.mean(warmup_s)
         if isnan(round_s) and seen:  # about a step of each, after one that is not timed
             round_s = 2 * (len(seen) + missed) * np.mean([row.ms for row in seen]) / 1000
-        if isnan(round_s) or isnan(before_s):
-            return ", pass a larger `budget`"
     if isnan(round_s) or isnan(before_s):
-        return f", {n_rounds} would do"
-    seconds = 1.2 * (before_s + n_rounds * round_s)
+        return ", pass a larger `budget`" if n_rounds is None else f", {n_rounds} would do"
+    seconds = 1.2 * (before_s + (n_rounds or N_ROUNDS) * round_s)
     return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
 

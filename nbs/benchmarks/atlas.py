@@ -151,7 +151,8 @@ def why_not(timings: FormatTimings) -> list[str]:
         rows = [row for row in timings if is_of_kind(row.format)]
         reasons = [row.error or (row.note if lacked_time(row.note) else None) for row in rows]
         if reasons and all(reasons):
-            found.append(f"{kind}: {reasons[0]}".replace("CUDA graph: no CUDA graph:", "no CUDA graph:"))
+            reason = reasons[0]
+            found.append(reason if reason.startswith(f"no {kind}: ") else f"{kind}: {reason}")
     return found
 
 
