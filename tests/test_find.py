@@ -320,6 +320,11 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     candidates = [seen(*facts) for facts in zip(formats, steps_s, busy_s)]
     assert [str(fmt) for fmt in fused.propose(candidates)] == ["contiguous fp32 fused", "channels last fp16 fused"]
     assert [str(fmt) for fmt in graphs.propose(candidates)] == ["channels last fp16 graph", "channels last bf16 graph"]
+    failed = seen(TrainFormat(True, "fp16", fused_optimizer=True), 0.0)
+    failed.row.error = "no fused form"
+    assert not any(fmt.fused_optimizer for fmt in graphs.propose([*candidates, failed]))
+    failed.row.is_tried = False  # no time was left for it
+    assert all(fmt.fused_optimizer for fmt in graphs.propose([*candidates, failed]))
     candidates += [seen(fmt, 0.006) for fmt in fused.propose(candidates)]
     assert str(graphs.propose(candidates)[0]) == "channels last fp16 graph fused"
     candidates += [seen(fmt, 0.004) for fmt in graphs.propose(candidates)]

@@ -133,8 +133,12 @@ def fused(
 def graphs(
     seen: list[Candidate],
 ) -> list[TrainFormat]:
-    "Return the two formats that keep the GPU least busy with a CUDA graph, and with fused steps where these train."
-    is_fused = any(candidate.row.format.fused_optimizer for candidate in able(seen))
+    """Return the two formats that keep the GPU least busy with a CUDA graph.
+
+    And with fused steps, if the stage before proposed them and they did not fail: there may have been no time for them.
+    """
+    with_fused = [candidate.row for candidate in seen if candidate.row.format.fused_optimizer]
+    is_fused = any(not row.error or not row.is_tried for row in with_fused)
     bases = {}
     for candidate in hopeful(_eager(seen)):
         bases[replace(candidate.row.format, fused_optimizer=is_fused, cuda_graph=True)] = None
