@@ -30,9 +30,13 @@ COLUMNS = {
 
 
 def table(file: Path) -> str:
-    "Return a CSV as a table of HTML: the last row of each architecture, without columns that have no value."
+    """Return a CSV as a table of HTML: the last row of each architecture, the largest gain first.
+
+    Columns that have no value are left out.
+    """
     with file.open(newline="") as stream:
-        rows = list({row["model"]: row for row in csv.DictReader(stream)}.values())
+        rows = {row["model"]: row for row in csv.DictReader(stream)}.values()
+    rows = sorted(rows, key=lambda row: float(row["times_fastais_own"] or 0), reverse=True)
     columns = {name: title for name, title in COLUMNS.items() if any(row[name] for row in rows)}
     head = "".join(f"<th>{escape(title)}</th>" for title in columns.values())
     body = "".join("<tr>" + "".join(f"<td>{escape(row[name])}</td>" for name in columns) + "</tr>" for row in rows)
