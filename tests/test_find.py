@@ -40,7 +40,7 @@ from channelslast.find.garbage import FEW
 from channelslast.find.plan import indispensable, split_by_time
 from channelslast.find.run import find_format, room_for_compiled
 from channelslast.find.search import Search
-from channelslast.find.stages import Stage, fixed_stage, new_stages
+from channelslast.find.stages import Stage, fixed_stage, graphs, new_stages
 from channelslast.find.steps import ProfiledStep, Round, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
@@ -320,11 +320,12 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     candidates = [seen(*facts) for facts in zip(formats, steps_s, busy_s)]
     assert [str(fmt) for fmt in fused.propose(candidates)] == ["contiguous fp32 fused", "channels last fp16 fused"]
     assert [str(fmt) for fmt in graphs.propose(candidates)] == ["channels last fp16 graph", "channels last bf16 graph"]
-    failed = seen(TrainFormat(True, "fp16", fused_optimizer=True), 0.0)
-    failed.row.error = "no fused form"
-    assert not any(fmt.fused_optimizer for fmt in graphs.propose([*candidates, failed]))
-    failed.row.is_tried = False  # no time was left for it
-    assert all(fmt.fused_optimizer for fmt in graphs.propose([*candidates, failed]))
+    first, second = (seen(TrainFormat(True, mode, fused_optimizer=True), 0.0, error="no") for mode in ("fp16", "bf16"))
+    assert not any(fmt.fused_optimizer for fmt in graphs.propose([*candidates, first, second]))
+    first.is_reached = False
+    assert not any(fmt.fused_optimizer for fmt in graphs.propose([*candidates, first, second]))
+    second.is_reached = False
+    assert all(fmt.fused_optimizer for fmt in graphs.propose([*candidates, first, second]))
     candidates += [seen(fmt, 0.006) for fmt in fused.propose(candidates)]
     assert str(graphs.propose(candidates)[0]) == "channels last fp16 graph fused"
     candidates += [seen(fmt, 0.004) for fmt in graphs.propose(candidates)]
@@ -561,6 +562,16 @@ def test_second_cuda_graph_is_not_tried_where_it_takes_the_time_for_rounds(learn
         assert not search.lacks_time(second, stage)
         monkeypatch.setattr(search.budget, "measure_left", lambda left=left, **_: left - 1)
         assert search.lacks_time(second, stage)
+
+
+def test_cuda_graphs_are_tried_with_fused_steps_for_which_no_time_was_left(new_learner, clock, bf16_cpu):
+    learn = new_learner(lambda: Slow(clock, lambda is_last, is_bf16: 0.5))
+    proposed = {}
+    for budget in (1, 10):
+        later = Stage("CUDA graph", lambda seen, budget=budget: proposed.update({budget: graphs(seen)}) or [])
+        timings = find_format(learn, [*new_stages(learn), later], budget=budget)
+        assert timings.row(LAST_BF16_FUSED).is_tried == (budget == 10)
+    assert all(fmts and all(fmt.fused_optimizer for fmt in fmts) for fmts in proposed.values()) and len(proposed) == 2
 
 
 def test_first_stage_keeps_time_for_those_after_it(new_learner, clock, bf16_cpu):

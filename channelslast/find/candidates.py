@@ -32,6 +32,7 @@ class Candidate:
         self.prepare = prepare or methodcaller("to_format", fmt)
         self.scaler_state: dict[str, Any] = {}
         self.raised: Exception | None = None  # by the Learner
+        self.is_reached = True  # False: there was no time for it
         # Known after the warm-up: the seconds of a step, of all steps before it was steady, of all else in a fit
         self.step_s = self.first_steps_s = self.overhead_s = 0.0
         self.least_ms = 0.0  # milliseconds of the shortest step

@@ -38,7 +38,6 @@ from channelslast.formats import TrainFormat, uncompiled
 from channelslast.optimizer import fused_form
 from channelslast.summary.gpu import busy_seconds
 
-NOT_REACHED = "not reached in time"
 N_OPTIMIZER_STEPS = 3  # in which the optimizer is timed
 UNSTEADY = 1.2  # times the shortest step
 
@@ -105,8 +104,8 @@ class Search:
     def try_in_time(self, candidate: Candidate, stage: Stage) -> None:
         "Warm `candidate` up if there is time for it."
         if self.lacks_time(candidate, stage):
-            candidate.row.is_tried = False
-            candidate.row.error = NOT_REACHED
+            candidate.is_reached = candidate.row.is_tried = False
+            candidate.row.error = "not reached in time"
             return
         self.tell(f"{stage.name}: {candidate.row.format}")
         self.warm_up(candidate)
@@ -299,10 +298,10 @@ class Search:
 
     def finish(self) -> FormatTimings:
         "Measure what limits the best candidate, and return the result."
-        for row in [candidate.row for candidate in self.candidates]:
-            row.items_per_s = 1000 * self.n_items / row.ms
-            if row.error == NOT_REACHED:
-                row.error = f"not reached in {self.budget.seconds:.3g} seconds"
+        for candidate in self.candidates:
+            candidate.row.items_per_s = 1000 * self.n_items / candidate.row.ms
+            if not candidate.is_reached:
+                candidate.row.error = f"not reached in {self.budget.seconds:.3g} seconds"
         timings = FormatTimings(
             rows=[candidate.row for candidate in self.candidates if candidate.is_choice],
             start=self.start,

@@ -135,10 +135,11 @@ def graphs(
 ) -> list[TrainFormat]:
     """Return the two formats that keep the GPU least busy with a CUDA graph.
 
-    And with fused steps, if the stage before proposed them and they did not fail: there may have been no time for them.
+    And with fused steps, where these train, or there was no time to try any.
     """
-    with_fused = [candidate.row for candidate in seen if candidate.row.format.fused_optimizer]
-    is_fused = any(not row.error or not row.is_tried for row in with_fused)
+    with_fused = [candidate for candidate in seen if candidate.row.format.fused_optimizer]
+    has_missed_all = bool(with_fused) and not any(candidate.is_reached for candidate in with_fused)
+    is_fused = has_missed_all or any(candidate in able(seen) for candidate in with_fused)
     bases = {}
     for candidate in hopeful(_eager(seen)):
         bases[replace(candidate.row.format, fused_optimizer=is_fused, cuda_graph=True)] = None
