@@ -143,6 +143,7 @@ def why_not(timings: FormatTimings) -> list[str]:
     "Return why no format of a kind could be picked: what stopped the first one."
     kinds = {
         "half precision": lambda fmt: fmt.amp_mode and not fmt.cuda_graph and not fmt.compile,
+        "fused steps": lambda fmt: fmt.fused_optimizer and not fmt.cuda_graph and not fmt.compile,
         "CUDA graph": lambda fmt: fmt.cuda_graph,
         "compiled": lambda fmt: fmt.compile is not None,
     }

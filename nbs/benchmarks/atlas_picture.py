@@ -3,7 +3,7 @@
     python nbs/benchmarks/atlas_picture.py nbs/images/atlas.png EAGER.csv --compiled COMPILED.csv
 
 Each bar is times fastai's own `to_channelslast`, and carries its figure. Both bars of an architecture are
-against fastai's own of the run without compiling: Python limits that step, and so it differs between machines.
+against fastai's own of the run without compiling, for that differs from run to run.
 """
 
 import argparse
@@ -35,14 +35,13 @@ def times_of(row: dict[str, str], own: dict[str, str]) -> float:
 
 def bars_of(arch: str, eager: Rows, compiled: Rows) -> list[tuple[float, str]]:
     "Return the length of each bar, and what it shows."
-    own = (compiled | eager)[arch]
-    return [(times_of(rows[arch], own), label) for rows, label in zip((eager, compiled), COLORS) if arch in rows]
+    rows = [(file[arch], label) for file, label in zip((eager, compiled), COLORS) if arch in file]
+    return [(times_of(row, eager[arch]), label) for row, label in rows]
 
 
 def draw(eager: Rows, compiled: Rows) -> Figure:
     "Draw a bar or two for each architecture, the largest gain first, beside a line for fastai's own."
-    rows = compiled | eager
-    names = sorted(rows, key=lambda arch: times_of(rows[arch], rows[arch]), reverse=True)
+    names = sorted(eager, key=lambda arch: times_of(eager[arch], eager[arch]), reverse=True)
     fig, ax = plt.subplots(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
     unnamed = set(COLORS)
     for y, arch in enumerate(names):
@@ -56,12 +55,12 @@ def draw(eager: Rows, compiled: Rows) -> Figure:
             ax.text(value + 0.03, at, words, va="center", fontsize=7, bbox=PLAIN)
     ax.axvline(1, color="black", linewidth=1)
     ax.text(1.03, -0.8, "1  fastai's own to_channelslast()", va="center", fontsize=8)
-    ax.set_yticks(range(len(names)), [f"{arch}, {rows[arch]['batch_size']}" for arch in names], fontsize=8)
+    ax.set_yticks(range(len(names)), [f"{arch}, {eager[arch]['batch_size']}" for arch in names], fontsize=8)
     ax.set_ylim(len(names) - 0.4, -1.3)
     ax.margins(x=0.22)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel("times as fast as fastai's own")
-    first = rows[names[0]]
+    first = eager[names[0]]
     mean = statistics.geometric_mean(times_of(row, row) for row in eager.values())
     version = first["torch"].partition("+")[0]
     ax.set_title(

@@ -20,6 +20,7 @@ COLUMNS = {
     "items_per_s": "items/s",
     "fastais_own_ms": "fastai's own ms",
     "fastais_own_iqr": "fastai's own IQR",
+    "contiguous_fp32_ms": "plain Learner ms",
     "search_s": "search s",
     "peak_gb": "peak GB",
     "reserved_gb": "held GB",
