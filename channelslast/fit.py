@@ -6,7 +6,7 @@ from warnings import warn
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException, CancelValidException
 from fastai.learner import Learner
 
-__all__ = ["FIT_GOES_ON", "FitDone", "LeanCallback", "drop_gradients"]
+__all__ = ["FIT_GOES_ON", "FitDone", "LeanCallback", "drop_gradients", "without_batches"]
 
 # What may leave a loop over batches while the fit goes on
 FIT_GOES_ON = (CancelTrainException, CancelValidException, CancelEpochException)
@@ -56,6 +56,15 @@ class FitDone(BaseException):
 
     No `Exception`, for fastai replaces one that a callback raises.
     """
+
+
+def without_batches(
+    dl: Any,  # fastai's DataLoader, or any other
+) -> ValueError:
+    "Return the error of a training DataLoader that yields no batch."
+    n_items, bs = (getattr(dl, name, None) for name in ("n", "bs"))
+    size = f" ({n_items} items, bs={bs})" if n_items and bs else ""
+    return ValueError(f"learn.dls.train is empty{size}: pass a Learner with at least one batch to train on")
 
 
 def drop_gradients(

@@ -73,9 +73,16 @@ def to_train_format(
     legal = {str(each): each for each in _every_format()}
     words = " ".join(fmt.lower().split())
     if words not in legal:
-        close = difflib.get_close_matches(words, legal, n=3) or list(legal)[:3]
+        close = sorted(legal, key=lambda each: _likeness(words, each), reverse=True)[:3]
         raise ValueError(f"fmt={fmt!r} is no format: did you mean {' or '.join(map(repr, close))}?")
     return legal[words]
+
+
+def _likeness(words: str, others: str) -> float:
+    "How much two formats have in common, in any order of their words; of as much the shorter one."
+    first, second = (set(each.replace("channelslast", "channels last").split()) for each in (words, others))
+    in_common = len(first & second) / len(first | second)
+    return in_common + difflib.SequenceMatcher(None, words, others).ratio()
 
 
 def _every_format() -> Iterator[TrainFormat]:

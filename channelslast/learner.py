@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,16 @@ from channelslast.fit import FIT_GOES_ON, FitDone
 from channelslast.formats import MAKE_GRAPHS, TrainFormat, compile_mode, set_compile_mode, to_train_format, uncompiled
 from channelslast.graphs import CudaGraph
 from channelslast.memory_format import contiguous_weights, state_to_contiguous, supports_channels_last
+from channelslast.nested import check_type
 from channelslast.optimizer import FusedOptimizer, check_fused_optimizer
-from channelslast.precision import MIXED_PRECISIONS, amp_mode_in_use, choose_precision, remove_cbs, set_precision
+from channelslast.precision import (
+    MIXED_PRECISIONS,
+    amp_mode_in_use,
+    check_scaler_options,
+    choose_precision,
+    remove_cbs,
+    set_precision,
+)
 
 
 @patch
@@ -51,6 +60,10 @@ def to_channelslast(
         is_mode = use_amp in (FP32, *AMPMode, *(mode.value for mode in AMPMode))
         meant = f"; as a precision: amp_mode={use_amp!r}" if is_mode else ""
         raise ValueError(f"use_amp={use_amp!r}: pass True or False{meant}")
+    for name in kwargs.keys() & {field.name for field in fields(TrainFormat)}:
+        code = 'learn.to_format("channels last fp16 compiled")'
+        raise TypeError(f"{name}={kwargs[name]!r} is no parameter here: `learn.to_format` sets that, as `{code}`")
+    check_scaler_options(kwargs, ("use_amp", "amp_mode"))
     mode = to_amp_mode(amp_mode)
     return self.to_format(TrainFormat(True, mode if use_amp else None, **_python_in_step(self)), **kwargs)
 
@@ -62,8 +75,9 @@ def to_contiguous(
 ) -> Learner:
     """Put the model, its gradients and the optimizer state back in contiguous format, at once.
 
-    Mixed precision stays as it is, unless `to_fp32=True`.
+    Mixed precision stays as it is, unless `to_fp32=True`. Raises `TypeError` for any other than True and False.
     """
+    check_type("to_fp32", to_fp32, bool)
     if to_fp32:
         return self.to_format(TrainFormat(False, None, **_python_in_step(self)))
     _set_channels_last(self, False)  # and nothing else: mixed precision stays, of whatever kind it is

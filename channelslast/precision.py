@@ -209,12 +209,13 @@ _SCALER_OPTIONS = {
 
 def check_scaler_options(
     options: dict[str, Any],  # of `torch.amp.GradScaler`, by name
+    others: Iterable[str] = (),  # legal parameters beside them
 ) -> None:
     "Raise `TypeError` for an option that GradScaler does not have, `ValueError` for a value it cannot take."
     for name, value in options.items():
         if name not in _SCALER_OPTIONS:
-            legal = ", ".join(_SCALER_OPTIONS)
-            raise TypeError(f"{name}={value!r} is no parameter here, and no option of GradScaler: those are {legal}")
+            legal = ", ".join([*others, *_SCALER_OPTIONS])
+            raise TypeError(f"{name}={value!r} is no parameter here, and no option of GradScaler: pass {legal}")
         is_legal, description = _SCALER_OPTIONS[name]
         if not is_legal(value):
             raise ValueError(f"{name}={value!r} is not legal for GradScaler: pass {description}")

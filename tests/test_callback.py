@@ -28,7 +28,7 @@ from torch.amp import GradScaler
 from channelslast import callback, devices, formats, memory_format, precision
 from channelslast.callback import ChannelsLast, FastaiChannelsLast
 from channelslast.devices import AMPMode
-from channelslast.formats import TrainFormat
+from channelslast.formats import TrainFormat, to_train_format
 from channelslast.memory_format import is_channels_last
 from channelslast.precision import FastaiMixedPrecision, MixedPrecision
 
@@ -562,6 +562,17 @@ def test_signature_shows_every_option():
         (lambda learn: learn.to_channelslast(initial_scale=3), TypeError, "initial_scale=3.*init_scale"),
         (lambda learn: learn.to_channelslast(use_amp=False, initial_scale=3), TypeError, "initial_scale=3.*init_scale"),
         (lambda learn: learn.to_channelslast(init_scale=-1), ValueError, "init_scale=-1.*above 0"),
+        (
+            lambda learn: learn.to_channelslast(ampmode="bf16"),
+            TypeError,
+            "ampmode='bf16' is no.*: pass use_amp, amp_mode",
+        ),
+        (
+            lambda learn: learn.to_channelslast(compile=True),
+            TypeError,
+            "compile=True is no.*`learn.to_format` sets that",
+        ),
+        (lambda learn: learn.to_contiguous(to_fp32="no"), TypeError, "to_fp32='no' is a str: pass True or False"),
         (lambda learn: learn.to_channelslast(amp_mode="fp8"), ValueError, "amp_mode='fp8'.*'fp16', 'bf16'"),
         (lambda learn: learn.to_channelslast(False, "fp8"), ValueError, "amp_mode='fp8'.*'fp16', 'bf16'"),
         (
@@ -585,6 +596,20 @@ def test_bad_input_is_an_error_at_the_call_and_changes_nothing(new_learner, bf16
             call(learn)
         assert all(a is b for a, b in zip(cbs, learn.cbs, strict=True))
         assert strides == [param.stride() for param in learn.model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("fused bf16 channels last", "channels last bf16 fused"),
+        ("channelslast bf16", "channels last bf16"),
+        ("chanels last fp16", "channels last fp16"),
+        ("bf16", "contiguous bf16"),
+    ],
+)
+def test_format_that_was_meant_comes_first(written, meant):
+    with pytest.raises(ValueError, match=f"fmt='{written}' is no format: did you mean '{meant}' or "):
+        to_train_format(written)
 
 
 def test_precision_that_the_device_cannot_do_is_an_error_at_the_call(learn, monkeypatch):

@@ -374,6 +374,16 @@ def test_find_refuses_bad_input_before_it_begins(fails, arguments, said):
     assert said in fails("find", "--device", "cpu", *arguments)
 
 
+def test_interrupt_ends_with_a_line_and_the_status_of_one(run, capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(find_command, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run("find", "resnet18")
+    assert ended.value.code == 130 and capsys.readouterr().err.split("\n") == ["", "channelslast: interrupted", ""]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_find_goes_on_after_an_architecture_that_cannot_train(find, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:

@@ -219,7 +219,7 @@ def test_to_fastest_searches_shows_and_sets(timed, capsys):
     shown = capsys.readouterr().out
     assert 'Best: `learn.to_format("channels last bf16")`' in shown and plt.get_fignums() == []
     assert shown.endswith("The Learner trains in channels last bf16 from now on.\n")
-    with pytest.raises(TypeError, match="no_such"):
+    with pytest.raises(TypeError, match=r"^no_such=1 is no option of to_fastest: pass formats, compile, .*budget$"):
         timed.to_fastest(no_such=1)
     assert "budget" in signature(Learner.to_fastest).parameters
 
@@ -1408,6 +1408,16 @@ def test_without_training_data(learn, loaders, assert_unchanged):
     check = assert_unchanged(learn)
     with pytest.raises(ValueError, match=r"learn.dls.*at least one batch to train on"):
         learn.format_find()
+    check()
+
+
+def test_fewer_items_than_a_batch_are_told(learn, assert_unchanged):
+    items = [(torch.randn(3, 8, 8), torch.tensor(0))] * 10
+    learn.dls = DataLoaders.from_dsets(items, items, bs=64)
+    check = assert_unchanged(learn)
+    for call in (learn.format_find, learn.format_summary):
+        with pytest.raises(ValueError, match=r"learn.dls.train is empty \(10 items, bs=64\): pass a Learner"):
+            call()
     check()
 
 

@@ -266,6 +266,8 @@ def test_row_that_looks_faster_is_explained():
     more = new_timings({CONTIGUOUS: around(40), LAST_BF16: [18, 20, 19.5, 21], LAST: [20.5, 19.5, 21, 20]})
     assert more.best == LAST and "channels last bf16 looks 1.03 times as fast as that, within" in more.verdict
     assert "within the noise and it changes more (amp_mode)." in more.verdict and "rounds are" not in more.verdict
+    more = new_timings({CONTIGUOUS: around(40), LAST_BF16: [17, 20.5, 17, 19], LAST: [20.5, 19.5, 21, 20]})
+    assert more.best == LAST and "it changes more (amp_mode); 4 rounds are too few to tell, " in more.verdict
     assert "looks" not in new_timings({CONTIGUOUS: around(40), LAST: around(20)}).verdict
 
 

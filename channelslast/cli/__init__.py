@@ -24,6 +24,8 @@ def main() -> None:
     zoo = import_module("channelslast.zoo")
     try:
         command.run(options)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nchannelslast: interrupted\n")  # as shells say: 128 and the number of the signal
     except zoo.IllegalValue as error:
         where = error.value if error.name == "arch" else f"--{error.name} {error.value}"
         parser.error(f"{where}: {error.why}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from channelslast.devices import training_device
 from channelslast.find.clock import wait_for
+from channelslast.fit import without_batches
 from channelslast.nested import tensors_in
 
 N_BATCHES = 4
@@ -58,7 +59,7 @@ def load_batches(
         if time.perf_counter() - started > seconds:
             break
     if not batches:
-        raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
+        raise without_batches(learn.dls.train)
     wait_for(device)
     later = n_items - n_items_in(batches[0])
     n_items, since = (later, first) if later else (n_items, started)

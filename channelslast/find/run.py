@@ -73,6 +73,9 @@ def to_fastest(self: Learner, **kwargs) -> Learner:
     `learn.train_format` tells which it is, `learn.to_format` and `learn.to_contiguous` set others. Takes the options of
     `format_find`, and raises what it does; nothing has changed then.
     """
+    legal = list(inspect.signature(Learner.format_find).parameters)[1:]
+    for name in kwargs.keys() - legal:
+        raise TypeError(f"{name}={kwargs[name]!r} is no option of to_fastest: pass {', '.join(legal)}")
     best = self.format_find(**kwargs).best
     if best == self.train_format:
         return self

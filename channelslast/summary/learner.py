@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from channelslast.devices import training_device
-from channelslast.fit import FitDone
+from channelslast.fit import FitDone, without_batches
 from channelslast.graphs import CudaGraph
 from channelslast.restore import unchanged_learner
 from channelslast.summary.observe import Observer, choose_profile
@@ -80,8 +80,10 @@ def _first_batch(dl: Any) -> Any:
     distributed = sys.modules.get("fastai.distributed")  # cannot be imported without Accelerate
     if distributed and isinstance(dl, distributed.DistributedDL):
         dl = dl.dl  # that of this process alone
+    if getattr(dl, "n", None) is not None and len(dl) == 0:
+        raise without_batches(dl)
     if hasattr(dl, "one_batch"):
         return dl.one_batch()
     for batch in dl:
         return batch
-    raise ValueError("learn.dls.train is empty: pass a Learner with at least one batch to train on")
+    raise without_batches(dl)

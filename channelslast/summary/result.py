@@ -203,7 +203,9 @@ class FormatSummary:
         kinds = {event.kind for event in self.events}
         lines = ["; ".join(f"{kind}: {meaning}" for kind, meaning in _KINDS.items() if kind in kinds)]
         if len(self.events) > _N_ROWS:
-            lines.append(f"{len(self.events) - _N_ROWS} lighter rows left out; `.to_frame()` has all")
+            lines.append(
+                f"{len(self.events) - _N_ROWS} lighter rows left out; `.to_frame()`, in the shell `--json`, has all"
+            )
         return lines
 
     def plot(
