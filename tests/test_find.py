@@ -344,6 +344,13 @@ def test_stages_on_a_gpu(learn, monkeypatch):
     ]
 
 
+def test_steps_of_the_next_one_are_fused_too_where_only_few_steps_tell_which_is_faster(learn):
+    _, fused = new_stages(learn)
+    candidates = [seen(LAST_BF16, 0.38), seen(CONTIGUOUS, 0.47), seen(CONTIGUOUS_BF16, 0.3)]
+    assert fused.propose(candidates) == [TrainFormat(False, "bf16", fused_optimizer=True), LAST_BF16_FUSED]
+    assert fused.propose(candidates[1:]) == [TrainFormat(False, "bf16", fused_optimizer=True)]  # the other is hopeless
+
+
 def test_steps_that_are_fused_already_are_no_stage(learn):
     assert "fused steps" in [stage.name for stage in new_stages(learn)]
     learn.opt_func, learn.opt = fused_adamw, None

@@ -8,11 +8,11 @@ import torch
 from channelslast.find.candidates import Candidate
 from channelslast.find.choice import changes
 from channelslast.find.evidence import CLEAR_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, N_ROUNDS
-from channelslast.find.stages import NEAR
 from channelslast.formats import TrainFormat
 
 FEW_ROUNDS = 5  # where in more a round had few timed steps
 FEW_STEPS = 4  # in fewer of them, what comes every third step may never come
+NEAR = 1.1  # times the best step, within what a few steps tell
 ENOUGH_STEPS = 8  # of the fastest, in a round; or
 ENOUGH_S = 0.15  # seconds of them
 WORTH_WAITING = 1.05  # times as fast by first steps

@@ -22,6 +22,7 @@ from channelslast.find.fits import Fits
 from channelslast.find.memory import GpuMemory
 from channelslast.find.plan import (
     LIMIT_SHARE,
+    NEAR,
     ROUNDS_SHARE,
     choose_n_steps,
     indispensable,
@@ -31,7 +32,7 @@ from channelslast.find.plan import (
     split_by_time,
 )
 from channelslast.find.result import FormatTimings
-from channelslast.find.stages import HOPELESS, NEAR, Stage, able, fastest
+from channelslast.find.stages import HOPELESS, Stage, able, fastest
 from channelslast.find.steps import OptimizerSteps, ProfiledStep, Round, WarmUp
 from channelslast.find.timing import counted
 from channelslast.formats import TrainFormat, uncompiled

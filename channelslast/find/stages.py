@@ -14,7 +14,6 @@ from channelslast.memory_format import conv_ndims, module_ndims, supports_channe
 from channelslast.optimizer import fused_form
 
 HOPELESS = 1.5  # times the best step: such a format is not timed further
-NEAR = 1.1  # times the best step, within what a few steps tell
 PAYS = 0.9  # of the step without compiling: another precision is compiled too
 MOST_COMPILE_S = 30.0  # seconds that one may have taken for that
 
@@ -122,11 +121,10 @@ def fused(
     """Return two formats with fused steps.
 
     The fastest; and the one that keeps the GPU least busy, for Python hides that, or where this is the same, or not
-    known, one that is hardly slower.
+    known, the next one: a fit that others on the machine held up may be the fastest.
     """
     best = _base(seen)
-    near = [each for each in hopeful(_eager(seen)) if each.busy_s or each.step_s <= NEAR * best.step_s]
-    bases = dict.fromkeys(each.row.format for each in [best, *near] if each is not None)
+    bases = dict.fromkeys(each.row.format for each in [best, *hopeful(_eager(seen))] if each is not None)
     return [replace(fmt, fused_optimizer=True) for fmt in bases][:2]
 
 
