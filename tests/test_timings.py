@@ -102,15 +102,26 @@ def test_best_changes_least_within_the_noise(samples, best):
 SIX = [TrainFormat(last, mode) for last in (False, True) for mode in (None, "fp16", "bf16")]
 
 
-def share_of(best, ms, noise, n_rounds, n_trials=400):
-    "The share of trials that choose `best` among six formats, the last of which takes `ms`, the others 100."
+def share_chosen(best, ms, noise, n_rounds, n_trials=400):
+    "The share of trials that choose `best` among formats that take so many milliseconds, of which the first is held."
     rng = np.random.default_rng()
-    times = np.array([100] * 5 + [ms])[:, None]
     n_chosen = 0
     for _ in range(n_trials):
-        samples = times * (1 + noise * rng.standard_normal((6, n_rounds)))
-        n_chosen += FormatTimings([FormatTiming(*row) for row in zip(SIX, samples.tolist())], SIX[0]).best == best
+        samples = np.array([*ms.values()])[:, None] * (1 + noise * rng.standard_normal((len(ms), n_rounds)))
+        rows = [FormatTiming(*row) for row in zip(ms, samples.tolist())]
+        n_chosen += FormatTimings(rows, next(iter(ms))).best == best
     return n_chosen / n_trials
+
+
+def share_of(best, ms, noise, n_rounds):
+    "The share of trials that choose `best` among six formats, the last of which takes `ms`, the others 100."
+    return share_chosen(best, dict.fromkeys(SIX, 100) | {SIX[-1]: ms}, noise, n_rounds)
+
+
+def test_among_faster_ones_what_costs_nothing_need_only_be_likely():
+    fused = TrainFormat(True, "bf16", fused_optimizer=True)
+    assert share_chosen(fused, {CONTIGUOUS: 100, LAST_BF16: 53, fused: 50}, 0.05, 5) >= 0.6
+    assert share_chosen(LAST, {CONTIGUOUS: 100, LAST_BF16: 50, LAST: 50}, 0.05, 5) >= 0.9, "a precision is not free"
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.1])

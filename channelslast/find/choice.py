@@ -4,9 +4,11 @@ from channelslast.find.evidence import APART, FAR, LEVEL, MIN_ROUNDS, is_far_fas
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
-__all__ = ["AMONG_FASTER", "choose_row", "changes", "is_clear", "is_comparable", "level_of"]
+__all__ = ["choose_row", "changes", "is_clear", "is_comparable", "level_between", "level_of"]
 
 AMONG_FASTER = 0.05  # the level of the tests between formats that are all faster than what the Learner had
+LIKELY = 0.25  # the same, where the faster one differs in what costs nothing, and changes no value but by rounding
+FREE = {"channels_last", "fused_optimizer"}
 
 
 def choose_row(
@@ -15,8 +17,8 @@ def choose_row(
 ) -> FormatTiming:
     """Return the fastest of the rows that are proved faster than `start`, or `start` where none is.
 
-    Of two that are both faster than `start`, the one that changes less, unless the test finds the other faster. Where
-    `start` cannot train any other is better; where it was not tried, nothing is known.
+    Of two that are both faster than `start`, the one that changes less, unless the test finds the other faster, at
+    `level_between`. Where `start` cannot train any other is better; where it was not tried, nothing is known.
     """
     if not start.is_tried:
         return start
@@ -30,8 +32,9 @@ def choose_row(
     if not able:
         return start
     fastest = min(able, key=lambda row: row.ms)
-    level = AMONG_FASTER / max(1, len(able) - 1)
-    equal = [row for row in able if not _is_faster(fastest, row, level, has_rounds, APART)]
+    n_others = max(1, len(able) - 1)
+    levels = [level_between(fastest, row, n_others) for row in able]
+    equal = [row for row, level in zip(able, levels) if not _is_faster(fastest, row, level, has_rounds, APART)]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
 
 
@@ -82,6 +85,15 @@ def level_of(
 ) -> float:
     "Return the level of each comparison with the format that the Learner had: all together keep `LEVEL` (Bonferroni)."
     return LEVEL / max(1, sum(row.is_tried for row in rows) - 1)
+
+
+def level_between(
+    fastest: FormatTiming,
+    row: FormatTiming,
+    n_others: int = 1,  # with which the fastest is compared
+) -> float:
+    "Return the level of the test between two formats that are both faster than what the Learner had."
+    return LIKELY if FREE.issuperset(changes(row.format, fastest.format)) else AMONG_FASTER / n_others
 
 
 def changes(

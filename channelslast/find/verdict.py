@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from channelslast.find.choice import AMONG_FASTER, changes, is_comparable, level_of
+from channelslast.find.choice import changes, is_comparable, level_between, level_of
 from channelslast.find.errors import view_hint
 from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.timing import FormatTiming, counted
@@ -68,7 +68,7 @@ def _rival(timings: "FormatTimings") -> str:
     if more and best.format != timings.start:
         reasons.append(f"and it changes more ({', '.join(sorted(more))})")
     words = f"{rival.format} looks {gain:.2f} times as fast as that, {' '.join(reasons)}"
-    level = level_of(timings.rows) if best.format == timings.start else AMONG_FASTER
+    level = level_of(timings.rows) if best.format == timings.start else level_between(rival, best)
     needed = n_rounds_to_prove(rival.samples, best.samples, level)
     if gain > FLOOR and needed is not None:
         n = len(rival.samples)
