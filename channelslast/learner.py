@@ -61,7 +61,7 @@ def to_channelslast(
         meant = f"; as a precision: amp_mode={use_amp!r}" if is_mode else ""
         raise ValueError(f"use_amp={use_amp!r}: pass True or False{meant}")
     for name in kwargs.keys() & {field.name for field in fields(TrainFormat)}:
-        code = 'learn.to_format("channels last fp16 compiled")'
+        code = TrainFormat(True, "fp16", "default").code
         raise TypeError(f"{name}={kwargs[name]!r} is no parameter here: `learn.to_format` sets that, as `{code}`")
     check_scaler_options(kwargs, ("use_amp", "amp_mode"))
     mode = to_amp_mode(amp_mode)

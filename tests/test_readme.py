@@ -16,6 +16,7 @@ from channelslast import zoo
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "nbs" / "benchmarks"
 FRONT = [ROOT / "README.md", ROOT / "nbs" / "index.md"]
+COMPILED, LARGE, ON_CPU = "nvidia_h200-compile", "nvidia_h200-fused_adamw-b128", "cpu_2_threads-b8-64px"  # of the atlas
 SITE = ROOT / "nbs" / "site"
 
 
@@ -24,9 +25,9 @@ def code_blocks(file, language="python"):
 
 
 def prose(file):
-    "The text of a page without its blocks of code and the targets of its links."
+    "The text of a page in one line, without its blocks of code and the targets of its links."
     text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"\]\([^)]*\)", "]", text)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
 
 
 def record(name):
@@ -79,7 +80,7 @@ def test_figures_of_the_first_page_are_those_of_the_record():
     times = [result["times_fastais_own"] for result in results]
     assert found["geometric_mean_times_fastais_own"] == pytest.approx(statistics.geometric_mean(times), abs=0.01)
     mean_earlier = statistics.geometric_mean(result["times_fastais_own"] for result in earlier)
-    rows, large, on_cpu = (compared(atlas(*part)) for part in ((), ("-fused_adamw-b128",), ("", "cpu_2_threads")))
+    rows, large, on_cpu = (compared(atlas(end)) for end in ("nvidia_h200", LARGE, ON_CPU))
     sizes = sorted(int(row["batch_size"]) for row in rows)
     items_per_s = statistics.median(float(row["items_per_s"]) for row in rows)
     assert (len(results), len(large)) == (6, 20)
@@ -111,7 +112,7 @@ def test_figures_of_the_first_page_are_those_of_the_record():
         f"with {unet['bs']} images takes the GPU {kept} ms then, and {own} ms as fastai's own",
     ]
     for page, its_own in zip(FRONT, (in_readme, [])):
-        text = " ".join(prose(page).replace("**", "").split())
+        text = prose(page).replace("**", "")
         for sentence in (*sentences, *its_own):
             assert sentence in text
     known = set(re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join([*sentences, *in_readme])))
@@ -139,17 +140,17 @@ def minutes_of_compiled_searches():
 def test_what_is_said_of_compiling_is_what_the_record_says():
     results = record("h200_fastest_compiled")["results"]
     low, high = minutes_of_compiled_searches()
-    assert f"a search of {low} to {high} minutes on an H200" in " ".join(prose(FRONT[0]).split())
+    assert f"a search of {low} to {high} minutes on an H200" in prose(FRONT[0])
     assert "one to three minutes on an H200" in (SITE / "howto.md").read_text() and 1 <= float(low) < float(high) <= 3
-    assert "for twelve architectures" in " ".join(prose(SITE / "atlas.md").split()) and len(results) == 12
+    assert "for twelve architectures" in prose(SITE / "atlas.md") and len(results) == 12
     assert {result["bs"] for result in results} == {128}
     assert all("compiled graph" in result["pick"] for result in results)
     assert all("--opt fused" in result["made_with"]["command"] for result in results)
 
 
-def atlas(end="", device="nvidia_h200"):
+def atlas(end="nvidia_h200"):
     "The last row of each architecture, of the file of the atlas whose name ends so."
-    (file,) = (RECORDS / "atlas").glob(f"*-{device}{end}*.csv" if device.startswith("cpu") else f"*-{device}{end}.csv")
+    (file,) = (RECORDS / "atlas").glob(f"*-{end}.csv")
     with file.open(newline="") as stream:
         return {row["model"]: row for row in csv.DictReader(stream)}
 
@@ -164,8 +165,8 @@ def times_of(rows, other="fastais_own"):
 
 
 def test_figures_of_the_atlas_are_those_of_its_rows():
-    page = " ".join(prose(SITE / "atlas.md").split())
-    files = typical, _, large = [atlas(end) for end in ("", "-compile", "-fused_adamw-b128")]
+    page = prose(SITE / "atlas.md")
+    files = typical, _, large = [atlas(end) for end in ("nvidia_h200", COMPILED, LARGE)]
     rows, others = compared(typical), [row for row in typical.values() if not row["times_fastais_own"]]
     mean, low, high = in_words(times_of(rows))
     plain, least, most = in_words(times_of(rows, "contiguous_fp32"))
@@ -185,7 +186,7 @@ def test_figures_of_the_atlas_are_those_of_its_rows():
     assert f"fused AdamW too: {mean} times as fast, of {len(compared(large))} architectures ({low} to {high})" in page
     twelve = {result["arch"] for result in record("h200_fastest_compiled")["results"]}
     assert "Twelve of them are those of the notebook" in page and len(twelve) == 12 and twelve <= set(large)
-    cpu = compared(atlas(device="cpu_2_threads"))
+    cpu = compared(atlas(ON_CPU))
     mean, low, high = in_words(times_of(cpu))
     assert {(row["batch_size"], row["img_size"]) for row in cpu} == {("8", "64")}
     assert f"8 images of 64 pixels: {mean} times as fast, of {len(cpu)} architectures ({low} to {high})" in page
@@ -194,8 +195,8 @@ def test_figures_of_the_atlas_are_those_of_its_rows():
 
 
 def test_what_the_atlas_says_of_compiling_and_of_what_is_left_is_in_its_rows():
-    page = " ".join(prose(SITE / "atlas.md").split())
-    typical, compiled = atlas(), atlas("-compile")
+    page = prose(SITE / "atlas.md")
+    typical, compiled = atlas(), atlas(COMPILED)
     picks = [
         arch for arch in compiled if "compiled graph" in compiled[arch]["pick"] and "graph" in typical[arch]["pick"]
     ]
@@ -226,14 +227,14 @@ def test_figures_of_two_gpus_are_those_of_the_record():
     plain, sync = sorted(two_gpus("resnet50", 64), key=lambda row: row["norm"])
     assert (plain["norm"], sync["norm"]) == ("BatchNorm", "SyncBatchNorm")
     ms = [f"{row['rows'][name]['ms']:.0f}" for row in (plain, sync) for name in ("graph", "eager")]
-    readme, howto = (" ".join(prose(file).split()) for file in (FRONT[0], SITE / "howto.md"))
+    readme, howto = (prose(file) for file in (FRONT[0], SITE / "howto.md"))
     words = "{} ms with them and {} ms without; with SyncBatchNorm, fastai's default there, {} ms and {} ms"
     assert words.format(*ms) in readme
     assert "{2} ms in place of {3} (without SyncBatchNorm {0} in place of {1})".format(*ms) in howto
 
 
 def test_figures_of_the_earlier_run_are_those_of_the_records():
-    page = " ".join(prose(SITE / "atlas.md").split())
+    page = prose(SITE / "atlas.md")
     earlier, now = (record(name)["results"] for name in ("h200_fastest_earlier", "h200_fastest"))
     times = [result["times_fastais_own"] for result in earlier]
     words = "they trained {} times as fast ({} to {};".format(*in_words(times))

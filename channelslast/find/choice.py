@@ -33,8 +33,9 @@ def choose_row(
         return start
     fastest = min(able, key=lambda row: row.ms)
     n_others = max(1, len(able) - 1)
-    levels = [level_between(fastest, row, n_others) for row in able]
-    equal = [row for row, level in zip(able, levels) if not _is_faster(fastest, row, level, has_rounds, APART)]
+    equal = [
+        row for row in able if not _is_faster(fastest, row, level_between(fastest, row, n_others), has_rounds, APART)
+    ]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
 
 

@@ -136,8 +136,8 @@ def graphs(
     And with fused steps, where these train, or there was no time to try any.
     """
     with_fused = [candidate for candidate in seen if candidate.row.format.fused_optimizer]
-    has_missed_all = bool(with_fused) and not any(candidate.is_reached for candidate in with_fused)
-    is_fused = has_missed_all or any(candidate in able(seen) for candidate in with_fused)
+    reached = [candidate for candidate in with_fused if candidate.is_reached]
+    is_fused = bool(able(reached) if reached else with_fused)
     bases = {}
     for candidate in hopeful(_eager(seen)):
         bases[replace(candidate.row.format, fused_optimizer=is_fused, cuda_graph=True)] = None
