@@ -102,20 +102,24 @@ def test_best_changes_least_within_the_noise(samples, best):
 SIX = [TrainFormat(last, mode) for last in (False, True) for mode in (None, "fp16", "bf16")]
 
 
-def share_chosen(best, ms, noise, n_rounds, n_trials=400):
-    "The share of trials that choose `best` among formats that take so many milliseconds, of which the first is held."
+def share_chosen(best, ms, noise, n_rounds, far_off=0.0, n_trials=400):
+    """The share of trials that choose `best` among formats that take so many milliseconds, of which the first is held.
+
+    The share `far_off` of all samples takes twice as long.
+    """
     rng = np.random.default_rng()
     n_chosen = 0
     for _ in range(n_trials):
         samples = np.array([*ms.values()])[:, None] * (1 + noise * rng.standard_normal((len(ms), n_rounds)))
+        samples *= 1 + (rng.random(samples.shape) < far_off)
         rows = [FormatTiming(*row) for row in zip(ms, samples.tolist())]
         n_chosen += FormatTimings(rows, next(iter(ms))).best == best
     return n_chosen / n_trials
 
 
-def share_of(best, ms, noise, n_rounds):
+def share_of(best, ms, noise, n_rounds, far_off=0.0):
     "The share of trials that choose `best` among six formats, the last of which takes `ms`, the others 100."
-    return share_chosen(best, dict.fromkeys(SIX, 100) | {SIX[-1]: ms}, noise, n_rounds)
+    return share_chosen(best, dict.fromkeys(SIX, 100) | {SIX[-1]: ms}, noise, n_rounds, far_off)
 
 
 def test_among_faster_ones_what_costs_nothing_need_only_be_likely():
@@ -137,6 +141,12 @@ def test_of_equal_formats_the_own_one_is_kept(noise, n_rounds):
 )
 def test_gain_is_found(ms, noise, n_rounds, found):
     assert share_of(SIX[-1], ms, noise, n_rounds) >= found
+
+
+@pytest.mark.parametrize("n_rounds, found", [(10, 0.45), (25, 0.75), (40, 0.9)])
+def test_rounds_that_are_far_off_hide_a_gain_the_less_the_more_there_are(n_rounds, found):
+    assert share_of(SIX[-1], 100 / 1.05, 0.01, n_rounds, far_off=0.05) >= found
+    assert share_of(SIX[0], 100, 0.01, n_rounds, far_off=0.05) >= 0.95
 
 
 @pytest.mark.parametrize(

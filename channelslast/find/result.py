@@ -76,13 +76,14 @@ class FormatTimings(Sequence):
     def best(self) -> TrainFormat:
         """The fastest format that is proved faster than what the Learner had; that itself where none is.
 
-        The proof is a paired one-sided t-test on the rounds, that a format is more than `FLOOR` times as fast, at
-        `LEVEL` divided by the number of candidates (Bonferroni): where all are equal, the chance of another choice
-        stays below `LEVEL`. Of those that are faster than that, the one that changes least, unless the test, at 5% for
-        all of them, finds another faster; at 25% where that differs in the memory format or fused steps alone, which
-        cost nothing. Only what was timed in the rounds can be chosen; where there was time for fewer than `MIN_ROUNDS`,
-        also what is more than `FAR` times as fast in its first steps and in each round, and of such formats the one
-        that is `APART` times as fast as the others in these. Without any round it has to be `FAR`.
+        The proof is a paired one-sided test on the rounds (Wilcoxon's where they are enough for it, else Student's),
+        that a format is more than `FLOOR` times as fast, at `LEVEL` divided by the number of candidates (Bonferroni):
+        where all are equal, the chance of another choice stays below `LEVEL`. Of those that are faster than that, the
+        one that changes least, unless the test, at 5% for all of them, finds another faster; at 25% where that differs
+        in the memory format or fused steps alone, which cost nothing. Only what was timed in the rounds can be chosen;
+        where there was time for fewer than `MIN_ROUNDS`, also what is more than `FAR` times as fast in its first steps
+        and in each round, and of such formats the one that is `APART` times as fast as the others in these. Without any
+        round it has to be `FAR`.
         """
         return self.best_row.format
 
