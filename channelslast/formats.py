@@ -64,17 +64,19 @@ class TrainFormat:
 
 def to_train_format(
     fmt: TrainFormat | str,  # a str is what a TrainFormat prints, as 'channels last bf16'
+    name: str = "fmt",  # of the argument, for errors
 ) -> TrainFormat:
     "Return `fmt` as a TrainFormat; raises `TypeError`, or `ValueError` for a str that no TrainFormat prints."
     if isinstance(fmt, TrainFormat):
         return fmt
     if not isinstance(fmt, str):
-        raise TypeError(f"fmt={fmt!r} is not a TrainFormat: pass one, as TrainFormat(True, 'fp16'), or what it prints")
+        legal = "pass one, as TrainFormat(True, 'fp16'), or what it prints"
+        raise TypeError(f"{name}={fmt!r} is not a TrainFormat: {legal}")
     legal = {str(each): each for each in _every_format()}
     words = " ".join(fmt.lower().split())
     if words not in legal:
         close = sorted(legal, key=lambda each: _likeness(words, each), reverse=True)[:3]
-        raise ValueError(f"fmt={fmt!r} is no format: did you mean {' or '.join(map(repr, close))}?")
+        raise ValueError(f"{name}={fmt!r} is no format: did you mean {' or '.join(map(repr, close))}?")
     return legal[words]
 
 

@@ -45,6 +45,7 @@ from channelslast.find.steps import ProfiledStep, Round, WarmUp
 from channelslast.formats import TrainFormat
 from channelslast.memory_format import is_channels_last
 from channelslast.nested import tensors_in
+from channelslast.restore import unchanged_learner
 from channelslast.zoo import fused_adamw
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
@@ -1349,7 +1350,11 @@ def test_reason_why_a_gpu_cannot_train_in_bfloat16(learn, monkeypatch):
         ({"compile": "default"}, TypeError, "compile='default'"),
         ({"show_plot": 1}, TypeError, "show_plot=1"),
         ({"keep_precision": "fp16"}, TypeError, "keep_precision='fp16'"),
-        ({"formats": ["channels last"]}, ValueError, "fmt='channels last' is no format: did you mean 'channels last "),
+        (
+            {"formats": ["channels last"]},
+            ValueError,
+            "formats='channels last' is no format: did you mean 'channels last ",
+        ),
         ({"budget": 0}, ValueError, "budget=0: pass a number of seconds above 0"),
         ({"budget": -3.0}, ValueError, "budget=-3.0"),
         ({"budget": float("nan")}, ValueError, "budget=nan"),
@@ -1384,6 +1389,50 @@ def test_a_view_that_keeps_the_model_from_channels_last_is_told(new_learner):
     )
 
 
+@pytest.mark.parametrize("budget", [1e-9, 0.01])
+def test_own_format_is_tried_however_small_the_budget_where_the_first_one_fails(new_learner, bf16_cpu, budget):
+    timings = new_learner(Views).format_find(budget=budget, show_plot=False)
+    assert "calls `.view`" in timings[0].error and timings.row(CONTIGUOUS).is_tried
+    assert timings.best == CONTIGUOUS and not timings.row(CONTIGUOUS).error
+
+
+class Scales(TinyNet):
+    "Scales its images where they lie, so that the second time in the same batch they are far out of range."
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).mul_(1e9))
+
+
+class FromOne(Callback):
+    "Labels that begin at 1."
+
+    def before_batch(self):
+        self.learn.yb[0].sub_(1)
+
+
+@pytest.mark.parametrize("by", ["model", "callback"])
+def test_what_is_written_into_a_batch_is_of_its_step_alone(new_learner, bf16_cpu, by, monkeypatch):
+    learn = new_learner(Scales if by == "model" else TinyNet)
+    if by == "callback":
+        learn.dls = DataLoaders.from_dsets([(torch.randn(3, 8, 8), torch.tensor(1))] * 32, [], bs=8)
+        learn.add_cb(FromOne())
+    monkeypatch.setattr("channelslast.find.batches.N_BATCHES", 1)
+    timings = learn.format_find(budget=2, show_plot=False)
+    assert not [row.error for row in timings if row.is_tried and row.error]
+
+
+def test_getting_ready_is_of_the_budget(timed, clock, monkeypatch):
+    @contextmanager
+    def slow(learn, *args, **kwargs):
+        clock.tick(5)
+        with unchanged_learner(learn, *args, **kwargs) as put_back:
+            yield put_back
+
+    monkeypatch.setattr("channelslast.find.run.unchanged_learner", slow)
+    timed.format_find(budget=10, show_plot=False)
+    assert 9 < clock.now < 12
+
+
 def test_budget_that_ends_with_the_first_step(timed, clock, assert_unchanged):
     check = assert_unchanged(timed)
     timings = timed.format_find(budget=1e-3, show_plot=False)
@@ -1401,12 +1450,12 @@ def test_budget_that_failing_formats_use_up(new_learner, clock, bf16_cpu):
             raise ValueError("typo")
 
     with pytest.raises(
-        ValueError, match=r"^typo\n(?s:.*)channels last bf16: ValueError: typo; contiguous fp32: not reached"
+        ValueError, match=r"^typo\n(?s:.*)contiguous fp32: ValueError: typo; contiguous bf16: not reached"
     ):
         new_learner(Fails).format_find(budget=0.5)
     with pytest.raises(ValueError, match=r"^typo"):
         new_learner(Fails).format_find([CONTIGUOUS], budget=0.5)
-    assert clock.now == 2
+    assert clock.now == 3
 
 
 @pytest.mark.parametrize("loaders", [[], [[]]])

@@ -10,8 +10,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from channelslast.find import FormatTiming, FormatTimings
-from channelslast.find.choice import is_clear
-from channelslast.find.evidence import LEVEL
+from channelslast.find.choice import is_clear, level_between, rows_better_than
+from channelslast.find.evidence import LEVEL, n_rounds_to_prove
 from channelslast.formats import TrainFormat
 
 CONTIGUOUS, LAST = TrainFormat(), TrainFormat(True)
@@ -177,6 +177,37 @@ def test_among_faster_ones_too_few_rounds_choose_what_is_apart_in_all_that_was_s
     for row, ms in zip(timings, (100, 50, first_ms)):
         row.first_samples = around(ms)
     assert timings.best == best
+
+
+def test_first_steps_also_count_where_rounds_prove_too_little():
+    timings = new_timings({CONTIGUOUS: [100, 140, 95], LAST: [50, 40, 61]})
+    assert timings.best == CONTIGUOUS, "three rounds alone prove little"
+    timings = new_timings({CONTIGUOUS: [100, 140, 95], LAST: [50, 40, 61]})
+    timings[0].first_samples, timings[1].first_samples = around(100), around(45)
+    assert timings.best == LAST and "in 3 rounds, and in its first steps" in timings.verdict
+
+
+def test_what_was_timed_is_better_than_what_was_not_where_the_own_format_fails():
+    rows = [FormatTiming(CONTIGUOUS, error="boom"), FormatTiming(LAST, note="1 step, the time was up")]
+    assert FormatTimings(rows, CONTIGUOUS).best == CONTIGUOUS
+    rows.append(FormatTiming(LAST_BF16, [5.0, 5.1, 5.2], note="3 steps, no time for rounds"))
+    assert FormatTimings(rows, CONTIGUOUS).best == LAST_BF16
+
+
+def test_rounds_that_would_tell_are_counted_at_the_level_of_the_choice():
+    rng = np.random.default_rng(0)
+    ms = {CONTIGUOUS: 100, LAST: 50, CONTIGUOUS_BF16: 50, LAST_BF16: 48, TrainFormat(True, "fp16"): 50}
+    n_told = 0
+    for _ in range(200):
+        rows = [FormatTiming(fmt, (each * (1 + 0.012 * rng.standard_normal(5))).tolist()) for fmt, each in ms.items()]
+        timings = FormatTimings(rows, CONTIGUOUS)
+        better = rows_better_than(rows[0], rows)
+        told = re.search(r"looks .*; 5 rounds are too few to tell, (\d+) would do", timings.verdict)
+        if told and min(better, key=lambda row: row.ms) is rows[3]:
+            n_told += 1
+            level = level_between(rows[3], timings.best_row, better)
+            assert int(told[1]) == n_rounds_to_prove(rows[3].samples, timings.best_row.samples, level)
+    assert n_told > 20
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from torch import Tensor
 from channelslast.devices import training_device
 from channelslast.find.clock import wait_for
 from channelslast.fit import without_batches
-from channelslast.nested import tensors_in
+from channelslast.nested import map_tensors, tensors_in
 
 N_BATCHES = 4
 
 
 class Endless:
-    "Batches over and over, as a DataLoader that has no end."
+    "Batches over and over, as a DataLoader that has no end: a copy each time, for a step may write into its batch."
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Endless:
         return getattr(self.dl, name)
 
     def __iter__(self) -> Iterator[Any]:
-        return cycle(self.batches)
+        return (map_tensors(Tensor.clone, batch) for batch in cycle(self.batches))
 
     def __len__(self) -> int:
         return 1_000_000  # callbacks tell by this how far a fit has got

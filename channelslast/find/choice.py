@@ -1,10 +1,10 @@
 "Which of several timed formats to train in, by evidence."
 
-from channelslast.find.evidence import APART, FAR, LEVEL, MIN_ROUNDS, is_far_faster, is_proved_faster
+from channelslast.find.evidence import APART, FAR, LEVEL, is_far_faster, is_proved_faster
 from channelslast.find.timing import FormatTiming
 from channelslast.formats import TrainFormat
 
-__all__ = ["choose_row", "changes", "is_clear", "is_comparable", "level_between", "level_of"]
+__all__ = ["choose_row", "changes", "is_clear", "is_comparable", "level_between", "level_of", "rows_better_than"]
 
 AMONG_FASTER = 0.05  # the level of the tests between formats that are all faster than what the Learner had
 LIKELY = 0.25  # the same, where the faster one differs in what costs nothing, and changes no value but by rounding
@@ -22,21 +22,29 @@ def choose_row(
     """
     if not start.is_tried:
         return start
-    has_rounds = not start.note
-    able = [row for row in rows if row is not start and (is_comparable(row) if has_rounds else not row.error)]
-    if not start.error:
-        level = level_of(rows)
-        able = [row for row in able if _is_faster(row, start, level, has_rounds)]
-    elif not able:  # nor was any other timed in the rounds
-        able = [row for row in rows if not row.error]
-    if not able:
+    better = rows_better_than(start, rows)
+    if not better:
         return start
-    fastest = min(able, key=lambda row: row.ms)
-    n_others = max(1, len(able) - 1)
+    fastest = min(better, key=lambda row: row.ms)
     equal = [
-        row for row in able if not _is_faster(fastest, row, level_between(fastest, row, n_others), has_rounds, APART)
+        row
+        for row in better
+        if not _is_faster(fastest, row, level_between(fastest, row, better), not start.note, APART)
     ]
     return min(equal, key=lambda row: (len(changes(start.format, row.format)), row.ms))
+
+
+def rows_better_than(
+    start: FormatTiming,
+    rows: list[FormatTiming],
+) -> list[FormatTiming]:
+    "Return the rows that are proved faster than `start`; where that cannot train, all that can."
+    has_rounds = not start.note
+    able = [row for row in rows if row is not start and row.samples and not row.error]
+    timed = [row for row in able if is_comparable(row)] if has_rounds else able
+    if start.error:
+        return timed or able
+    return [row for row in timed if _is_faster(row, start, level_of(rows), has_rounds)]
 
 
 def is_clear(
@@ -54,20 +62,19 @@ def _is_faster(
     other: FormatTiming,
     level: float,  # the chance of being wrong where both are equal
     has_rounds: bool,  # False: the samples are first steps
-    times: float = FAR,  # as fast as it has to be in too few rounds, and in the first steps before these
+    times: float = FAR,  # as fast as it has to be in each round and in the first steps, where the rounds prove nothing
 ) -> bool:
     """Whether `row` is proved faster than `other`, by the rounds.
 
     Where there was time for none, the first steps have to prove that it is `FAR` times as fast, see `is_far_faster`.
-    Where there was for fewer than `MIN_ROUNDS`, they can, if `row` is `times` as fast in each round too.
+    Where the rounds are too few to prove it, they can, if `row` is `times` as fast in each round too.
     """
     if not has_rounds:
         return is_far_faster(row.samples, other.samples, level, FAR)
     if is_proved_faster(row.samples, other.samples, level):
         return True
-    if len(row.samples) >= MIN_ROUNDS or not is_far_faster(row.first_samples, other.first_samples, level, times):
-        return False
-    return _is_faster_in_each_round(row, other, times)
+    is_far = is_far_faster(row.first_samples, other.first_samples, level, times)
+    return is_far and _is_faster_in_each_round(row, other, times)
 
 
 def _is_faster_in_each_round(row: FormatTiming, other: FormatTiming, times: float) -> bool:
@@ -91,10 +98,12 @@ def level_of(
 def level_between(
     fastest: FormatTiming,
     row: FormatTiming,
-    n_others: int = 1,  # with which the fastest is compared
+    better: list[FormatTiming],  # all that are faster than what the Learner had
 ) -> float:
-    "Return the level of the test between two formats that are both faster than what the Learner had."
-    return LIKELY if FREE.issuperset(changes(row.format, fastest.format)) else AMONG_FASTER / n_others
+    "Return the level of the test whether the fastest of `better` is faster than `row`, another of them."
+    if FREE.issuperset(changes(row.format, fastest.format)):
+        return LIKELY
+    return AMONG_FASTER / max(1, len(better) - 1)
 
 
 def changes(

@@ -81,9 +81,9 @@ class FormatTimings(Sequence):
         where all are equal, the chance of another choice stays below `LEVEL`. Of those that are faster than that, the
         one that changes least, unless the test, at 5% for all of them, finds another faster; at 25% where that differs
         in the memory format or fused steps alone, which cost nothing. Only what was timed in the rounds can be chosen;
-        where there was time for fewer than `MIN_ROUNDS`, also what is more than `FAR` times as fast in its first steps
-        and in each round, and of such formats the one that is `APART` times as fast as the others in these. Without any
-        round it has to be `FAR`.
+        where these are too few to prove it, also what is more than `FAR` times as fast in its first steps and in each
+        round, and of such formats the one that is `APART` times as fast as the others in these. Without any round it
+        has to be `FAR`.
         """
         return self.best_row.format
 

@@ -47,7 +47,8 @@ def format_find(
 
     A candidate that fails becomes a row with the reason; so does one that the budget does not reach. Afterwards the
     Learner is as before, also when the search is interrupted: an interrupt puts everything back and is raised, as any
-    other. Trackers and loggers write nothing. (Data that come as a stream, without a way back, have gone on.)
+    other. Trackers and loggers write nothing, and no callback's `after_fit` is called. (Data that come as a stream,
+    without a way back, have gone on.)
 
     `learn.to_format(learn.format_find().best)`, in short `learn.to_fastest()`, uses the result. With `compile=True` all
     that PyTorch has compiled in this process is dropped; it compiles the best format anew from the cache on its disk.
@@ -100,16 +101,23 @@ def find_format(
     with (
         training_processes(learn) as processes,
         _progress_bar(learn) as progress,
-        unchanged_learner(learn) as put_tensors_back,
         room_for_compiled(any(stage.compiles for stage in stages)),
-        quick_collections() as collect_garbage,
     ):
         time_left = Budget(budget, processes)
-        search = Search(
-            learn, stages, list(comparisons), start, time_left, processes, progress, put_tensors_back, collect_garbage
-        )
-        search.run()
-        return search.finish()
+        with unchanged_learner(learn) as put_tensors_back, quick_collections() as collect_garbage:
+            search = Search(
+                learn,
+                stages,
+                list(comparisons),
+                start,
+                time_left,
+                processes,
+                progress,
+                put_tensors_back,
+                collect_garbage,
+            )
+            search.run()
+            return search.finish()
 
 
 def _check_formats(formats: Any, keep: TrainFormat | None) -> list[TrainFormat] | None:
@@ -124,7 +132,7 @@ def _check_formats(formats: Any, keep: TrainFormat | None) -> list[TrainFormat] 
     for fmt in formats:
         if not isinstance(fmt, (str, TrainFormat)):
             raise TypeError(f"formats holds {fmt!r}, which is not a TrainFormat: {legal}")
-    formats = [to_train_format(fmt) for fmt in formats]
+    formats = [to_train_format(fmt, "formats") for fmt in formats]
     for fmt in formats:
         if keep is not None and fmt.amp_mode != keep.amp_mode:
             raise ValueError(

@@ -148,7 +148,8 @@ class Search:
 
     def lacks_time(self, candidate: Candidate, stage: Stage) -> bool:
         "Wait for the other processes, and return whether `candidate` would take the time of what is needed after it."
-        if candidate is self.candidates[0]:
+        is_first = candidate is self.candidates[0]
+        if not able(self.candidates) and (is_first or candidate.is_own):  # a budget of any size tells whether it trains
             return False
         needed_s = 0.0
         others = [other for other in self.candidates if other is not candidate]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from channelslast.find.choice import changes, is_comparable, level_between, level_of
+from channelslast.find.choice import changes, is_comparable, level_between, level_of, rows_better_than
 from channelslast.find.errors import view_hint
 from channelslast.find.evidence import FLOOR, N_ROUNDS, is_proved_faster, n_rounds_to_prove
 from channelslast.find.timing import FormatTiming, counted
@@ -63,13 +63,16 @@ def _rival(timings: "FormatTimings") -> str:
         return ""
     rival = min(rows, key=lambda row: row.ms)
     gain = best.ms / rival.ms
+    better = rows_better_than(timings.row(timings.start), timings.rows)
     reasons = ["within the noise"] if gain > FLOOR else ["which is too little to tell"]
     more = set(changes(timings.start, rival.format)) - set(changes(timings.start, best.format))
     if more and best.format != timings.start:
         reasons.append(f"and it changes more ({', '.join(sorted(more))})")
     words = f"{rival.format} looks {gain:.2f} times as fast as that, {' '.join(reasons)}"
-    level = level_of(timings.rows) if best.format == timings.start else level_between(rival, best)
-    needed = n_rounds_to_prove(rival.samples, best.samples, level)
+    if rival in better:
+        needed = n_rounds_to_prove(rival.samples, best.samples, level_between(rival, best, better))
+    else:  # it is not proved to be faster than what the Learner had
+        needed = n_rounds_to_prove(rival.samples, timings.row(timings.start).samples, level_of(timings.rows))
     if gain > FLOOR and needed is not None:
         n = len(rival.samples)
         words += f"; {counted(n, 'round')} {'is' if n == 1 else 'are'} too few to tell{_more_time(timings, needed)}"
@@ -92,7 +95,7 @@ def _more_time(
             round_s = 2 * (len(seen) + missed) * np.mean([row.ms for row in seen]) / 1000
     if isnan(round_s) or isnan(before_s):
         return ", pass a larger `budget`" if n_rounds is None else f", {n_rounds} would do"
-    seconds = 1.2 * (before_s + (n_rounds or N_ROUNDS) * round_s)
+    seconds = max(0.1, 1.2 * (before_s + (n_rounds or N_ROUNDS) * round_s))
     return f", `budget={seconds:.{0 if seconds > 5 else 1}f}` may do"
 
 
