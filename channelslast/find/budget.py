@@ -36,12 +36,17 @@ class Budget:
         if self.asked is not None:
             return self.asked
         longer = max(0.0, self.first_steps - EXPECTED_FIRST_STEPS) + self.extension
-        return min(self.longest, BUDGET + longer)
+        return min(self.longest, self.planned + longer)
+
+    @property
+    def planned(self) -> float:
+        "What the search may take without what comes on top where steps are slow."
+        return BUDGET if self.asked is None else self.asked
 
     @property
     def longest(self) -> float:
         "What the search may take at most."
-        return PATIENT * BUDGET if self.asked is None else self.asked
+        return PATIENT * self.planned if self.asked is None else self.asked
 
     def measure_spent(
         self,

@@ -161,7 +161,7 @@ class Search:
             needed_s = (1 if is_own_tried else 2) * first_steps_s
             if not candidate.is_compiled:  # what the user asks for is tried also where no time is left for rounds
                 later = self.stages[self.stages.index(stage) + 1 :]
-                needed_s += (ROUNDS_SHARE + sum(stage.share for stage in later)) * self.budget.seconds
+                needed_s += (ROUNDS_SHARE + sum(stage.share for stage in later)) * self.budget.planned
                 if candidate.has_graphs:
                     needed_s += max(other.capture_s for other in self.candidates)
         return self.budget.measure_left(is_needed=is_needed) <= needed_s
