@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -211,10 +212,43 @@ def memory_formats_kept(
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def _set_formats(module: nn.Module, is_last: Callable[[Tensor], bool]) -> None:
     "Put the parameters and buffers of `module` in channels last format where `is_last` says so, else contiguous."
-    for tensor, data in _with_new_data(module, is_last):
-        tensor.data = data
+    for tensor, data in list(_with_new_data(module, is_last)):  # all are read before one is written
+        _set_data(tensor, data, is_trained=tensor.requires_grad)
         if isinstance(tensor, nn.Parameter):
             match_strides(tensor.grad, tensor)
+
+
+_in_own_memory = ContextVar("in_own_memory", default=False)
+
+
+@contextmanager
+def own_memory_kept() -> Iterator[None]:
+    """What is converted inside, of modules and optimizers, lies in the memory that it had, if it had that for itself.
+
+    So what keeps the old memory, to put it back, does not need twice as much.
+    """
+    token = _in_own_memory.set(True)
+    try:
+        yield
+    finally:
+        _in_own_memory.reset(token)
+
+
+def _set_data(tensor: Tensor, data: Tensor, is_trained: bool) -> None:
+    "Give `tensor` the same values in other strides: `data`, or within `own_memory_kept` a copy of it in its memory."
+    old = tensor.data
+    is_writable = is_trained or old.is_cuda  # a file that is mapped for reading is not
+    if _in_own_memory.get() and is_writable and data.stride() != old.stride() and _fills_its_memory(old):
+        data = old.as_strided(data.shape, data.stride()).copy_(data)
+    tensor.data = data
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    "Whether the values of `tensor`, 4D or 5D, are all that lies in its memory, without gaps."
+    if tensor.data_ptr() == 0 or tensor.is_inference() or tensor.is_conj() or tensor.is_neg():
+        return False
+    is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.ndim])
+    return is_dense and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @contextmanager
@@ -276,7 +310,8 @@ def match_strides(
 ) -> None:
     "Give `tensor` the strides of `param`, in place."
     if isinstance(tensor, Tensor) and tensor.shape == param.shape and tensor.stride() != param.stride():
-        tensor.data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+        data = torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+        _set_data(tensor, data, is_trained=True)
 
 
 @torch.inference_mode(False)

@@ -1728,6 +1728,44 @@ def test_memory_of_the_search_is_that_of_its_hungriest_candidate(
     assert memory_after_clearing()[0] <= before[0] + 2**20
 
 
+def heavy_net():
+    "Weights, of 150 MB, that outweigh activations."
+    convs = [nn.Conv2d(1024 if i else 3, 1024, 3, padding=1) for i in range(5)]
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 10))
+
+
+@pytest.mark.cuda
+def test_memory_of_the_search_is_not_twice_that_of_weights_and_state(cuda_learner, monkeypatch, nothing_frozen):
+    before, peaks = memory_after_clearing()[0], []
+    real = torch.cuda.reset_peak_memory_stats
+
+    def peak():
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        real()
+
+    def trained():
+        learn = cuda_learner(model=heavy_net)
+        learn.fit(1)
+        learn.opt.zero_grad()
+        memory_after_clearing()
+        real()
+        return learn
+
+    alone = []
+    for fmt in (CONTIGUOUS, LAST, TrainFormat(True, "fp16"), TrainFormat(True, "fp16", cuda_graph=True)):
+        trained().to_format(fmt).fit(1)
+        peak()
+        alone.append(peaks.pop())
+    learn = trained()
+    addresses = [each.data_ptr() for each in learn.model.parameters()]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak())
+    learn.format_find(show_plot=False)
+    peak()
+    print("alone", alone, "search", peaks)
+    assert max(peaks) <= 1.3 * max(alone)
+    assert [each.data_ptr() for each in learn.model.parameters()] == addresses
+
+
 @pytest.mark.cuda
 def test_out_of_memory_is_a_row_and_gives_its_memory_back(cuda_learner):
     class Hungry(Callback):

@@ -13,6 +13,7 @@ from torch import nn
 
 from channelslast.graphs import GraphedModule
 from channelslast.graphs.ground import Ground, set_since
+from channelslast.memory_format import module_to_memory_format, own_memory_kept
 from channelslast.zoo import new_model
 
 
@@ -605,10 +606,16 @@ def to_double(model):
     model.double()
 
 
+def change_strides(model):
+    with own_memory_kept():
+        module_to_memory_format(model)
+
+
 @pytest.mark.parametrize(
     "change, holds",
     [
         (change_nothing, True),
+        (change_strides, False),
         (set_attribute, False),
         (set_array, False),
         (add_hook, False),

@@ -25,6 +25,7 @@ from channelslast.memory_format import (
     module_ndims,
     module_to_memory_format,
     optimizer_to_memory_format,
+    own_memory_kept,
     state_to_contiguous,
     supports_channels_last,
     to_memory_format,
@@ -350,6 +351,32 @@ def test_gradient_of_a_parameter_that_stays_follows_it():
     weight.grad = torch.ones(weight.shape).to(memory_format=torch.channels_last)
     module_to_memory_format(model)
     assert not is_channels_last(weight) and weight.grad.stride() == weight.stride()
+
+
+def test_own_memory_is_kept_where_it_can_be():
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3) for _ in range(6)])
+    model[1].weight = nn.Parameter(model[0].weight.data)  # tied
+    model[2].weight.requires_grad_(False)  # on a CPU it may be a file
+    model[3].weight = nn.Parameter(torch.randn(8, 3, 3, 3)[:4])  # a part of something
+    with torch.inference_mode():
+        model[5].register_buffer("image", torch.randn(2, 3, 4, 4))
+    model[4].weight.grad = torch.randn_like(model[4].weight)
+    optimizer = torch.optim.Adam(model[4].parameters())
+    optimizer.step()
+    state = optimizer.state[model[4].weight]["exp_avg"]
+    tensors = [*model.parameters(), *model.buffers(), model[4].weight.grad, state]
+    values, addresses = [each.detach().clone() for each in tensors], [each.data_ptr() for each in tensors]
+    for channels_last in (True, False, True):
+        with own_memory_kept():
+            module_to_memory_format(model, channels_last)
+            optimizer_to_memory_format(optimizer)
+        assert all(map(torch.equal, tensors, values))
+        assert all(is_channels_last(each) is channels_last for each in tensors if each.ndim == 4)
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    moved = [each for each, address in zip(tensors, addresses) if each.data_ptr() != address]
+    assert {*map(id, moved)} == {*map(id, (model[2].weight, model[3].weight, model[5].image))}
+    module_to_memory_format(model, False)
+    assert model[0].weight.data_ptr() != addresses[0], "elsewhere what holds the old memory keeps its values"
 
 
 def test_formats_that_are_kept_come_back():

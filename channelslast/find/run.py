@@ -23,6 +23,7 @@ from channelslast.find.result import FormatTimings
 from channelslast.find.search import Search
 from channelslast.find.stages import Stage, new_stages
 from channelslast.formats import TrainFormat, to_train_format
+from channelslast.memory_format import own_memory_kept
 from channelslast.nested import check_type
 from channelslast.restore import unchanged_learner
 
@@ -104,7 +105,11 @@ def find_format(
         room_for_compiled(any(stage.compiles for stage in stages)),
     ):
         time_left = Budget(budget, processes)
-        with unchanged_learner(learn) as put_tensors_back, quick_collections() as collect_garbage:
+        with (
+            unchanged_learner(learn) as put_tensors_back,
+            own_memory_kept(),
+            quick_collections() as collect_garbage,
+        ):
             search = Search(
                 learn,
                 stages,

@@ -3,6 +3,7 @@
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["HOOKS", "MEMBERS", "Ground", "has_sync_norm", "module_in_words", "set_since"]
@@ -15,7 +16,7 @@ _MISSING = object()
 
 
 class Ground:
-    """A module's tensors with their memory and `requires_grad`, its submodules, its hooks and its plain attributes.
+    """A module's tensors with memory, strides and `requires_grad`, its submodules, its hooks and its plain attributes.
 
     Plain are numbers, texts, bools and None, as the mode (`training`) or a dropout's `p`. `holds` is asked before
     every step: it compares long lists by functions that are written in C.
@@ -34,6 +35,7 @@ class Ground:
         self.sizes = list(map(len, members))
         self.dicts = members
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
+        self.strided = [each for each in self.tensors if each.layout is torch.strided and not each.is_nested]
         self.memory = self._memory()
         self.hook_dicts = [attributes[kind] for attributes in modules for kind in HOOKS if kind in attributes]
         self.hooks = self._hooks()
@@ -43,8 +45,9 @@ class Ground:
             get = itemgetter(*names)  # of a single name it gets the value, and no tuple
             self.plain.append((attributes, names, get, get(attributes)))
 
-    def _memory(self) -> tuple[list[int], list[bool]]:
-        return list(map(Tensor.data_ptr, self.tensors)), list(map(attrgetter("requires_grad"), self.tensors))
+    def _memory(self) -> tuple[list[int], list[tuple[int, ...]], list[bool]]:
+        addresses, strides = list(map(Tensor.data_ptr, self.tensors)), list(map(Tensor.stride, self.strided))
+        return addresses, strides, list(map(attrgetter("requires_grad"), self.tensors))
 
     def _hooks(self) -> list[tuple[int, ...]]:
         return list(map(tuple, filter(None, self.hook_dicts)))
