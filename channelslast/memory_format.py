@@ -212,7 +212,8 @@ def memory_formats_kept(
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def _set_formats(module: nn.Module, is_last: Callable[[Tensor], bool]) -> None:
     "Put the parameters and buffers of `module` in channels last format where `is_last` says so, else contiguous."
-    for tensor, data in list(_with_new_data(module, is_last)):  # all are read before one is written
+    pairs = _with_new_data(module, is_last)
+    for tensor, data in list(pairs) if _in_own_memory.get() else pairs:  # all are read before one is written
         _set_data(tensor, data, is_trained=tensor.requires_grad)
         if isinstance(tensor, nn.Parameter):
             match_strides(tensor.grad, tensor)
@@ -244,10 +245,11 @@ def _set_data(tensor: Tensor, data: Tensor, is_trained: bool) -> None:
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
-    "Whether the values of `tensor`, 4D or 5D, are all that lies in its memory, without gaps."
+    "Whether the values of `tensor` are all that lies in its memory, without gaps."
     if tensor.data_ptr() == 0 or tensor.is_inference() or tensor.is_conj() or tensor.is_neg():
         return False
-    is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=CHANNELS_LAST[tensor.ndim])
+    other = CHANNELS_LAST.get(tensor.ndim, torch.contiguous_format)
+    is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=other)
     return is_dense and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 

@@ -21,6 +21,7 @@ from channelslast.memory_format import (
     conv_ndims,
     get_memory_format,
     is_channels_last,
+    match_strides,
     memory_formats_kept,
     module_ndims,
     module_to_memory_format,
@@ -377,6 +378,14 @@ def test_own_memory_is_kept_where_it_can_be():
     assert {*map(id, moved)} == {*map(id, (model[2].weight, model[3].weight, model[5].image))}
     module_to_memory_format(model, False)
     assert model[0].weight.data_ptr() != addresses[0], "elsewhere what holds the old memory keeps its values"
+
+
+def test_matrix_is_given_the_strides_of_another_in_its_own_memory():
+    with own_memory_kept():
+        matrix = torch.randn(3, 4).t()
+        values = matrix.clone()
+        match_strides(matrix, torch.empty(4, 3))
+    assert torch.equal(matrix, values) and matrix.is_contiguous()
 
 
 def test_formats_that_are_kept_come_back():

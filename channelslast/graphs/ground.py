@@ -35,7 +35,7 @@ class Ground:
         self.sizes = list(map(len, members))
         self.dicts = members
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
-        self.strided = [each for each in self.tensors if each.layout is torch.strided and not each.is_nested]
+        self.images = [each for each in self.tensors if each.ndim > 3 and each.layout is torch.strided]
         self.memory = self._memory()
         self.hook_dicts = [attributes[kind] for attributes in modules for kind in HOOKS if kind in attributes]
         self.hooks = self._hooks()
@@ -46,7 +46,7 @@ class Ground:
             self.plain.append((attributes, names, get, get(attributes)))
 
     def _memory(self) -> tuple[list[int], list[tuple[int, ...]], list[bool]]:
-        addresses, strides = list(map(Tensor.data_ptr, self.tensors)), list(map(Tensor.stride, self.strided))
+        addresses, strides = list(map(Tensor.data_ptr, self.tensors)), list(map(Tensor.stride, self.images))
         return addresses, strides, list(map(attrgetter("requires_grad"), self.tensors))
 
     def _hooks(self) -> list[tuple[int, ...]]:
