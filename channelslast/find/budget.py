@@ -33,8 +33,6 @@ class Budget:
     @property
     def seconds(self) -> float:
         "What the search may take, by what is known so far."
-        if self.asked is not None:
-            return self.asked
         longer = max(0.0, self.first_steps - EXPECTED_FIRST_STEPS) + self.extension
         return min(self.longest, self.planned + longer)
 

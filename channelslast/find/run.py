@@ -105,11 +105,7 @@ def find_format(
         room_for_compiled(any(stage.compiles for stage in stages)),
     ):
         time_left = Budget(budget, processes)
-        with (
-            unchanged_learner(learn) as put_tensors_back,
-            own_memory_kept(),
-            quick_collections() as collect_garbage,
-        ):
+        with unchanged_learner(learn) as put_tensors_back, own_memory_kept(), quick_collections() as collect_garbage:
             search = Search(
                 learn,
                 stages,

@@ -63,20 +63,25 @@ def _rival(timings: "FormatTimings") -> str:
         return ""
     rival = min(rows, key=lambda row: row.ms)
     gain = best.ms / rival.ms
-    better = rows_better_than(timings.row(timings.start), timings.rows)
     reasons = ["within the noise"] if gain > FLOOR else ["which is too little to tell"]
     more = set(changes(timings.start, rival.format)) - set(changes(timings.start, best.format))
     if more and best.format != timings.start:
         reasons.append(f"and it changes more ({', '.join(sorted(more))})")
     words = f"{rival.format} looks {gain:.2f} times as fast as that, {' '.join(reasons)}"
-    if rival in better:
-        needed = n_rounds_to_prove(rival.samples, best.samples, level_between(rival, best, better))
-    else:  # it is not proved to be faster than what the Learner had
-        needed = n_rounds_to_prove(rival.samples, timings.row(timings.start).samples, level_of(timings.rows))
-    if gain > FLOOR and needed is not None:
+    needed = _n_rounds_needed(timings, rival) if gain > FLOOR else None
+    if needed is not None:
         n = len(rival.samples)
         words += f"; {counted(n, 'round')} {'is' if n == 1 else 'are'} too few to tell{_more_time(timings, needed)}"
     return f"{words}."
+
+
+def _n_rounds_needed(timings: "FormatTimings", rival: FormatTiming) -> int | None:
+    "How many rounds would prove the fastest row faster than what the Learner had, or where they have, than the best."
+    best, start = timings.best_row, timings.row(timings.start)
+    better = rows_better_than(start, timings.rows)
+    if rival in better:
+        return n_rounds_to_prove(rival.samples, best.samples, level_between(rival, best, better))
+    return n_rounds_to_prove(rival.samples, start.samples, level_of(timings.rows))
 
 
 def _more_time(
